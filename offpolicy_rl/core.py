@@ -8,11 +8,10 @@ __all__ = ['PerToken', 'PerSequence', 'PerVocab', 'TokenMask', 'SequenceIds', 'S
            'raw', 'method_of', 'inputs', 'knobs', 'arguments', 'call', 'Catalogue', 'family_modules', 'catalogue',
            'bounded_exp']
 
-# %% ../nbs/core.ipynb #8a6b4719
+# %% ../nbs/core.ipynb #8aa06900
 import functools
 import importlib
 import inspect
-import math
 import pkgutil
 import typing
 from collections.abc import Callable, Mapping
@@ -209,11 +208,11 @@ def _ready(name: str, x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Ten
     if x.is_floating_point(): _finite(name, x)
     return x
 
-# %% ../nbs/core.ipynb #42e29632
+# %% ../nbs/core.ipynb #b34e7f83
 FAMILIES = ("reinforce", "ratios", "advantages", "entropy", "data", "guidance", "distillation", "preferences", "agents", "systems", "diffusion",
             "evaluation", "control", "robots")
-KINDS = {"ratio": "importance weights, b t", "advantage": "b or b t", "loss": "a scalar and a dict of detached diagnostics", "penalty": "a term to add to a loss",
-         "reward": "shapes a reward", "sampler": "chooses prompts, rollouts or stored samples", "estimate": "off-policy evaluation"}
+KINDS = {"ratio": "importance weights, b t", "advantage": "b or b t", "loss": "a scalar and a dict of detached diagnostics",
+         "penalty": "a term to add to a loss", "reward": "shapes a reward", "sampler": "chooses prompts, rollouts or stored samples", "estimate": "off-policy evaluation"}
 
 @dataclass(frozen=True)
 class Method:
@@ -247,7 +246,8 @@ def _kind(name: str) -> str:
 def _knob(p: inspect.Parameter, hint: Any) -> Knob:
     "A knob from a keyword-only parameter and its annotation."
     args = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
-    return Knob(p.name, p.default, args[0] if isinstance(args[0], type) else None, next((a for a in args if isinstance(a, Range)), None))
+    bounds = next((a for a in args if isinstance(a, Range)), None)
+    return Knob(p.name, p.default, args[0] if isinstance(args[0], type) else None, bounds)
 
 def _read_signature(fn: Callable) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, Knob]]:
     "A function's needed tensors, optional tensors and knobs."
@@ -255,7 +255,8 @@ def _read_signature(fn: Callable) -> tuple[tuple[str, ...], tuple[str, ...], dic
     params = inspect.signature(fn).parameters.values()
     tensors = [p for p in params if p.kind is p.POSITIONAL_OR_KEYWORD]
     needed = tuple(p.name for p in tensors if p.default is p.empty)
-    return needed, tuple(p.name for p in tensors if p.name not in needed), {p.name: _knob(p, hints.get(p.name)) for p in params if p.kind is p.KEYWORD_ONLY}
+    optional = tuple(p.name for p in tensors if p.name not in needed)
+    return needed, optional, {p.name: _knob(p, hints.get(p.name)) for p in params if p.kind is p.KEYWORD_ONLY}
 
 # %% ../nbs/core.ipynb #06ca7cb2
 _entered: dict[tuple[str, str], Method] = {}

@@ -3,25 +3,24 @@
 # %% auto #0
 __all__ = ['PARTS', 'Recipe', 'recipes', 'recipe', 'System', 'systems']
 
-# %% ../nbs/recipes.ipynb #b4dbe9c6
+# %% ../nbs/recipes.ipynb #de9f8b5d
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
-from typing import Annotated, Any
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from .core import (Advantage, Knob, PerToken, Range, Stats, TokenMask, call, catalogue, family_modules, inputs, knobs, method, method_of,
-                               per_token, token_mean)
+from .core import Knob, Stats, call, catalogue, family_modules, inputs, knobs, method_of, per_token
 
-# %% ../nbs/recipes.ipynb #d5b50316
+# %% ../nbs/recipes.ipynb #f89346e3
 PARTS = ("reward", "advantage", "ratio", "loss", "penalties")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What one paper trains with: reward shaping, advantage, ratio, loss, penalties and sampler, each a function of the catalogue or a partial of one.
+    """What one paper trains with: reward shaping, advantage, ratio, loss, penalties and sampler, each a function of the catalogue or a partial of
+    one.
 
     Parts run in the order reward, advantage, ratio, loss, penalties; what a part makes is put in the batch under the vocabulary's name."""
     name: str
@@ -93,7 +92,7 @@ class Recipe:
             loss, stats = loss + term, {**stats, method_of(penalty).name: term.detach()}
         return loss, stats
 
-# %% ../nbs/recipes.ipynb #f6739465
+# %% ../nbs/recipes.ipynb #b346e048
 def recipes() -> dict[str, Recipe]:
     "All recipes of the package, by name: every `Recipe` that a module of the families defines."
     found = [x for module in family_modules() for x in vars(module).values() if isinstance(x, Recipe)]
@@ -105,7 +104,7 @@ def recipe(name: str) -> Recipe:
     if name not in known: raise ValueError(f"recipe: expected one of {', '.join(sorted(known))}, got {name!r}")
     return known[name]
 
-# %% ../nbs/recipes.ipynb #a1e04bfe
+# %% ../nbs/recipes.ipynb #4236f7be
 @dataclass(frozen=True)
 class System:
     "One published system: its number, family, the method's name, the paper's title, and the functions that implement it so far."

@@ -11,28 +11,32 @@ from torch import Tensor
 
 from .exact import objective_of, token_coefficients
 
-# %% ../../nbs/lab/coefficient.ipynb #092016e6
+# %% ../../nbs/lab/coefficient.ipynb #0d29231c
 def default_log_ratios() -> Tensor:
     "121 log-ratios from -3 to 3."
     return torch.linspace(-3, 3, 121, dtype=torch.float64)
 
-def coefficient(estimator: Callable, log_ratio: Tensor | Sequence[float] | None = None, adv: Tensor | Sequence[float] = (1.0, -1.0), *, length: int = 1, **knobs) -> Tensor:
+def coefficient(estimator: Callable, log_ratio: Tensor | Sequence[float] | None = None, adv: Tensor | Sequence[float] = (1.0, -1.0), *,
+                length: int = 1, **knobs) -> Tensor:
     """The coefficient c of a token, (log-ratios, advantages), summed over the tokens of a response.
 
-    The response is alone in its batch and has `length` tokens, all with the same log-ratio; the behaviour, the proximal and the reference policy are one. The advantage is per response.
-    With a `length` of 1 it is the coefficient of one token; with more, c says how the response's log-probability as a whole is moved: the loss's own division by the length is undone by nothing."""
+    The response is alone in its batch and has `length` tokens, all with the same log-ratio; the behaviour, the proximal and the reference policy are
+    one. The advantage is per response.
+    With a `length` of 1 it is the coefficient of one token; with more, c says how the response's log-probability as a whole is moved: the loss's own
+    division by the length is undone by nothing."""
     s = default_log_ratios() if log_ratio is None else torch.as_tensor(log_ratio, dtype=torch.float64)
     a = torch.as_tensor(adv, dtype=torch.float64)
     grid_s, grid_a = (g.flatten() for g in torch.meshgrid(s, a, indexing="ij"))
     points, shape = len(grid_s), (len(grid_s), 1, length)
     behind = torch.full(shape, -6.0, dtype=torch.float64)
     zeros = torch.zeros(points, 1, dtype=torch.long)
-    batch = dict(logp=behind + grid_s[:, None, None], logp_mu=behind, logp_old=behind, logp_ref=behind, mask=torch.ones(shape, dtype=torch.float64), adv=grid_a[:, None],
-                 reward=grid_a[:, None], group=zeros, age=zeros, value=torch.zeros(shape, dtype=torch.float64), expert=zeros.bool())
+    batch = dict(logp=behind + grid_s[:, None, None], logp_mu=behind, logp_old=behind, logp_ref=behind, mask=torch.ones_like(behind),
+                 value=torch.zeros_like(behind), adv=grid_a[:, None], reward=grid_a[:, None], group=zeros, age=zeros, expert=zeros.bool())
     return token_coefficients(objective_of(estimator, **knobs), batch).sum((1, 2)).view(len(s), len(a))
 
-# %% ../../nbs/lab/coefficient.ipynb #2cb8519e
-def coefficient_figure(estimators: Mapping[str, Callable], *, log_ratio: Tensor | None = None, clip: float = 6.0, title: str = "How hard a token is pushed", **knobs):
+# %% ../../nbs/lab/coefficient.ipynb #19212c7f
+def coefficient_figure(estimators: Mapping[str, Callable], *, log_ratio: Tensor | None = None, clip: float = 6.0,
+                       title: str = "How hard a token is pushed", **knobs):
     "The coefficients of several estimators over the log-ratio, for an advantage of 1 and of -1; values beyond `clip` are cut off the picture."
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
@@ -43,7 +47,8 @@ def coefficient_figure(estimators: Mapping[str, Callable], *, log_ratio: Tensor 
     for name, fn in estimators.items():
         c = coefficient(fn, s, **knobs)
         for col in (0, 1):
-            fig.add_trace(go.Scatter(x=s.tolist(), y=[round(v, 5) for v in c[:, col].tolist()], name=name, legendgroup=name, showlegend=col == 0, line=dict(color=colour(name), width=2.5)), 1, col + 1)
+            fig.add_trace(go.Scatter(x=s.tolist(), y=[round(v, 5) for v in c[:, col].tolist()], name=name, legendgroup=name, showlegend=col == 0,
+                                     line=dict(color=colour(name), width=2.5)), 1, col + 1)
     fig.update_xaxes(title_text="log-ratio s = log π − log μ, nats")
     fig.update_yaxes(title_text="coefficient c", range=[-0.3, clip], col=1)
     fig.update_yaxes(range=[-clip, 0.3], col=2)

@@ -11,7 +11,7 @@ from .exact import Moments, exact
 from ..recipes import Recipe
 from ..toys.toy import Toy
 
-# %% ../../nbs/lab/compare.ipynb #f3d5170d
+# %% ../../nbs/lab/compare.ipynb #82943f82
 @dataclass(frozen=True)
 class Comparison:
     "The moments of several estimators on several toys: `rows` maps (estimator's name, toy's label) to its `Moments`. Shown as a table."
@@ -43,7 +43,8 @@ class Comparison:
         for name in self.names:
             for col, quantity in ((1, "direction_error"), (2, "relative_variance")):
                 xs, ys = self.series(name, quantity)
-                fig.add_trace(go.Scatter(x=xs, y=ys, name=name, legendgroup=name, showlegend=col == 1, mode="lines+markers", line=dict(color=colour(name), width=2.5)), 1, col)
+                fig.add_trace(go.Scatter(x=xs, y=ys, name=name, legendgroup=name, showlegend=col == 1, mode="lines+markers",
+                                         line=dict(color=colour(name), width=2.5)), 1, col)
         fig.update_xaxes(title_text=self.axis)
         fig.update_yaxes(title_text="sine of the angle to the gradient", range=[-0.03, 1.03], col=1)
         fig.update_yaxes(title_text="variance / |gradient|²", type="log", col=2)

@@ -15,12 +15,13 @@ from .exact import draws_of, objective_of
 from ..recipes import Recipe
 from ..toys.toy import Toy
 
-# %% ../../nbs/lab/curve.ipynb #4fbd2fe7
+# %% ../../nbs/lab/curve.ipynb #6d51f8f8
 @dataclass(frozen=True)
 class Curve:
     """What happened in training, exactly measured, (seeds, updates + 1) each, the first entry before training.
 
-    objective: expected reward; entropy: of whole responses, nats; kl: KL(pi || mu) of the policy from the behaviour in use; ess: effective sample size as a share; theta: final parameters (seeds, parameters)."""
+    objective: expected reward; entropy: of whole responses, nats; kl: KL(pi || mu) of the policy from the behaviour in use; ess: effective sample
+    size as a share; theta: final parameters (seeds, parameters)."""
     objective: Tensor
     entropy: Tensor
     kl: Tensor
@@ -32,24 +33,30 @@ class Curve:
         y = getattr(self, quantity)
         return list(range(y.shape[1])), y.mean(0), y.min(0).values, y.max(0).values
 
-def _pick(toy: Toy, mu: Tensor, uniform: Tensor) -> Tensor:
-    "Row numbers (draws, size) that the table mu samples, from uniform numbers (draws, 1 + size): the first chooses the prompt."
-    prompt = torch.searchsorted(toy.prompt_prob.cumsum(0), uniform[:, 0].contiguous()).clamp(max=len(toy.prompt_prob) - 1)
-    given = toy.prob(mu)[None, :] * (toy.prompt[None, :] == prompt[:, None])
-    ladder = given.cumsum(-1)
-    return torch.searchsorted(ladder, uniform[:, 1:] * ladder[:, -1:]).clamp(max=len(toy) - 1)
+def _ladders(toy: Toy, mu: Tensor) -> Tensor:
+    "For each seed and prompt the cumulative probability of the outcomes under mu, (seeds, prompts, n): what a uniform number is looked up in."
+    prob = torch.func.vmap(toy.prob)(mu)
+    own = toy.prompt[None, :] == torch.arange(len(toy.prompt_prob))[:, None]
+    ladder = (prob[:, None, :] * own).cumsum(-1)
+    return ladder / ladder[..., -1:]
+
+def _pick(toy: Toy, ladders: Tensor, uniform: Tensor) -> Tensor:
+    "Row numbers (seeds, draws, size) that mu samples, from uniform numbers (seeds, draws, 1 + size): the first chooses the prompt."
+    prompt = torch.searchsorted(toy.prompt_prob.cumsum(0), uniform[..., 0].contiguous()).clamp(max=len(toy.prompt_prob) - 1)
+    given = ladders.gather(1, prompt[..., None].expand(-1, -1, len(toy)))
+    return torch.searchsorted(given, uniform[..., 1:].contiguous()).clamp(max=len(toy) - 1)
 
 def _assemble(toy: Toy, theta: Tensor, mu: Tensor, baseline: Tensor, rows: Tensor, group: Tensor) -> dict[str, Tensor]:
     "A batch of the given rows for a policy and a behaviour; `baseline` is each row's expected reward under mu."
     table = toy.table(theta)
     chosen = lambda t: t[toy.node[rows], toy.token[rows]] * toy.mask[rows]
     logp_mu = chosen(mu)
-    return dict(logp=chosen(table), logp_mu=logp_mu, logp_old=logp_mu, logp_ref=chosen(toy.ref), mask=toy.mask[rows], reward=toy.reward[rows], adv=toy.reward[rows] - baseline[rows],
-                group=group, age=torch.zeros_like(group), expert=torch.zeros_like(group, dtype=torch.bool))
+    return dict(logp=chosen(table), logp_mu=logp_mu, logp_old=logp_mu, logp_ref=chosen(toy.ref), mask=toy.mask[rows], reward=toy.reward[rows],
+                adv=toy.reward[rows] - baseline[rows], group=group, age=torch.zeros_like(group), expert=torch.zeros_like(group, dtype=torch.bool))
 
 def _measures(toy: Toy, theta: Tensor, mu: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "Objective, entropy, KL(pi || mu) and effective sample size."
-    pi, behaviour = toy.prob(toy.table(theta)), toy.prob(mu)
+    pi = toy.prob(toy.table(theta))
     log_pi, log_mu = toy.logp(toy.table(theta)).sum(-1), toy.logp(mu).sum(-1)
     return pi @ toy.reward, -(pi * log_pi).sum(), (pi * (log_pi - log_mu)).sum(), 1 / (pi * (log_pi - log_mu).clamp(max=600).exp()).sum()
 
@@ -57,7 +64,8 @@ def curve(estimator: Callable | Recipe, toy: Toy, *, staleness: float = 1, updat
           seeds: Sequence[int] = (0, 1, 2, 3, 4), advantage: Callable | None = None, expected: bool = False, **knobs) -> Curve:
     """Train the toy's policy by plain gradient descent on the estimator's loss.
 
-    staleness: the behaviour is refreshed every so many updates (math.inf: never, fully offline: it stays the toy's own mu; otherwise it starts as a copy of the policy). prompts x group_size: responses an update.
+    staleness: the behaviour is refreshed every so many updates (math.inf: never, fully offline: it stays the toy's own mu; otherwise it starts as a
+    copy of the policy). prompts x group_size: responses an update.
     expected: sum over all draws of `group_size` responses instead of sampling (one seed is enough). Other arguments as in `exact`."""
     if staleness < 1: raise ValueError(f"staleness: expected 1 (on-policy) or more, got {staleness}")
     objective = objective_of(estimator, advantage, **knobs)
@@ -66,14 +74,13 @@ def curve(estimator: Callable | Recipe, toy: Toy, *, staleness: float = 1, updat
     group = torch.arange(prompts).repeat_interleave(group_size)
     every_draw = draws_of(toy, group_size)[0] if expected else None
 
-    def sampled(theta, mu, baseline, u): return objective(_assemble(toy, theta, mu, baseline, _pick(toy, mu, u).flatten(), group))
+    def sampled(theta, mu, baseline, rows): return objective(_assemble(toy, theta, mu, baseline, rows, group))
 
-    def averaged(theta, mu, baseline, u):
-        weight = draws_of(toy.with_behaviour(mu), group_size)[1]
+    def averaged(theta, mu, baseline, weight):
         one = lambda rows: objective(_assemble(toy, theta, mu, baseline, rows, torch.zeros_like(rows)))
         return weight @ torch.func.vmap(one)(every_draw)
 
-    step = torch.func.vmap(torch.func.grad(sampled)) if not expected else lambda t, m, b, u: torch.func.grad(averaged)(t[0], m[0], b[0], u[0])[None]
+    step = torch.func.vmap(torch.func.grad(averaged if expected else sampled))
     theta = toy.theta.expand(len(seeds), -1).clone()
     mu = toy.mu.expand(len(seeds), -1, -1)
     measure, history = torch.func.vmap(lambda t, m: _measures(toy, t, m)), []
@@ -81,7 +88,8 @@ def curve(estimator: Callable | Recipe, toy: Toy, *, staleness: float = 1, updat
         if i % staleness == 0:
             if staleness != math.inf: mu = torch.func.vmap(toy.table)(theta)
             baseline = torch.func.vmap(toy.prompt_value)(mu)
+            data = draws_of(toy.with_behaviour(mu[0]), group_size)[1][None] if expected else _ladders(toy, mu)
         history.append(measure(theta, mu))
-        theta = theta - lr * step(theta, mu, baseline, uniform[:, i])
+        theta = theta - lr * step(theta, mu, baseline, data if expected else _pick(toy, data, uniform[:, i]).flatten(1))
     history.append(measure(theta, mu))
     return Curve(*(torch.stack(x, -1) for x in zip(*history)), theta)

@@ -3,8 +3,7 @@
 # %% auto #0
 __all__ = ['SLICE', 'raw_call', 'objective_of', 'token_coefficients', 'draws_of', 'number_of_draws', 'Moments', 'exact']
 
-# %% ../../nbs/lab/exact.ipynb #fcdad5ea
-import functools
+# %% ../../nbs/lab/exact.ipynb #a4bee102
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +16,7 @@ from ..core import arguments, method_of, per_token, raw, seq_mean_token_sum
 from ..recipes import Recipe
 from ..toys.toy import Toy
 
-# %% ../../nbs/lab/exact.ipynb #d085b448
+# %% ../../nbs/lab/exact.ipynb #3fde9b38
 def raw_call(fn: Callable, batch: Mapping[str, Tensor], **knobs):
     "`core.call` without the door: for batches that are known to be sound, inside torch.func transformations."
     return raw(fn)(**arguments(fn, batch), **knobs)
@@ -25,7 +24,8 @@ def raw_call(fn: Callable, batch: Mapping[str, Tensor], **knobs):
 def objective_of(estimator: Callable | Recipe, advantage: Callable | None = None, **knobs) -> Callable[[Mapping[str, Tensor]], Tensor]:
     """The scalar whose gradient by `logp` is the estimator, negative: a function of a batch.
 
-    estimator: a loss, ratio, advantage or penalty of the catalogue, a partial of one, or a Recipe; advantage: makes `adv` from the batch, else the batch's own is used."""
+    estimator: a loss, ratio, advantage or penalty of the catalogue, a partial of one, or a Recipe; advantage: makes `adv` from the batch, else the
+    batch's own is used."""
     if isinstance(estimator, Recipe): return lambda batch: estimator.with_knobs(**knobs).loss_on(batch, call=raw_call)[0]
     kind = method_of(estimator).kind
     reinforce = lambda batch, weight, adv: seq_mean_token_sum(-weight * per_token(adv, batch["mask"]).detach() * batch["logp"], batch["mask"])
@@ -41,7 +41,8 @@ def objective_of(estimator: Callable | Recipe, advantage: Callable | None = None
     return objective
 
 def token_coefficients(objective: Callable[[Mapping[str, Tensor]], Tensor], batches: Mapping[str, Tensor]) -> Tensor:
-    """The coefficients c (draws, b, t) in -grad = sum of c grad logp, for many small batches at once: every tensor has the draw as its first dimension.
+    """The coefficients c (draws, b, t) in -grad = sum of c grad logp, for many small batches at once: every tensor has the draw as its first
+    dimension.
 
     Vectorised over the draws; a function that torch.func cannot vectorise is called draw by draw."""
     rest = {k: x for k, x in batches.items() if k != "logp"}
@@ -126,7 +127,7 @@ class Moments:
         spread = self.covariance.diagonal().clamp(min=0).sqrt()
         return spread * 0 if self.how == "enumeration" else spread / math.sqrt(self.draws)
 
-# %% ../../nbs/lab/exact.ipynb #1762c831
+# %% ../../nbs/lab/exact.ipynb #4cbbff8a
 SLICE = 4_000_000      # numbers held at once: draws x responses x tokens x parameters
 
 def _gradients(objective: Callable, toy: Toy, index: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -142,8 +143,10 @@ def exact(estimator: Callable | Recipe, toy: Toy, *, advantage: Callable | None 
           seed: int = 0, target: Tensor | None = None, **knobs) -> Moments:
     """Mean and covariance of an estimator's gradient under the toy's behaviour, beside the exact gradient of J.
 
-    estimator: anything of the catalogue, or a Recipe; knobs: its own. advantage: makes `adv` from each draw (by default reward less the prompt's mean under mu).
-    group_size: responses to one prompt that the estimator sees together. Past `limit` draws it is a Monte Carlo of `samples` draws from `seed`. target: what to compare with, by default grad J."""
+    estimator: anything of the catalogue, or a Recipe; knobs: its own. advantage: makes `adv` from each draw (by default reward less the prompt's mean
+    under mu).
+    group_size: responses to one prompt that the estimator sees together. Past `limit` draws it is a Monte Carlo of `samples` draws from `seed`.
+    target: what to compare with, by default grad J."""
     if group_size < 1: raise ValueError(f"group_size: expected 1 or more, got {group_size}")
     enumerated = number_of_draws(toy, group_size) <= limit
     if enumerated: index, weight = draws_of(toy, group_size)

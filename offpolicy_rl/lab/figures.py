@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import plotly.graph_objects as go
 import plotly.io as pio
 
-# %% ../../nbs/lab/figures.ipynb #b89c677f
+# %% ../../nbs/lab/figures.ipynb #ff0bec3d
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D31", "#7F7F7F")
 OWN_COLOUR = {"reinforce": "#D55E00", "ppo": "#0072B2", "topr": "#009E73", "grpo": "#56B4E9", "dr_grpo": "#CC79A7", "rloo": "#8C6D31", "token": "#E69F00",
               "prefix": "#56B4E9", "sequence": "#7F7F7F", "exact": "#7F7F7F"}
@@ -22,29 +22,34 @@ def colour(name: str) -> str:
 
 def _template() -> go.layout.Template:
     "A template of few lines: each saved figure carries it."
-    axis = dict(gridcolor="rgba(128,128,128,.25)", zerolinecolor="rgba(128,128,128,.5)", linecolor="rgba(128,128,128,.5)", ticks="outside", title=dict(standoff=8), automargin=True)
+    axis = dict(gridcolor="rgba(128,128,128,.25)", zerolinecolor="rgba(128,128,128,.5)", linecolor="rgba(128,128,128,.5)", ticks="outside",
+                title=dict(standoff=8), automargin=True)
     return go.layout.Template(layout=dict(
-        font=dict(family="system-ui, sans-serif", size=13, color="#666"), colorway=list(PALETTE), paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", xaxis=axis, yaxis=axis,
+        font=dict(family="system-ui, sans-serif", size=13, color="#666"), colorway=list(PALETTE), xaxis=axis, yaxis=axis,
+        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
         title=dict(font=dict(size=15), x=0, xref="paper", xanchor="left"), margin=dict(l=60, r=20, t=60, b=50), height=380, hovermode="closest",
         legend=dict(orientation="h", y=-0.22, x=0)))
 
 pio.templates["offpolicy"] = _template()
 pio.templates.default = "offpolicy"
 
-# %% ../../nbs/lab/figures.ipynb #a8789fd0
+# %% ../../nbs/lab/figures.ipynb #12fbad28
 def _faded(hexcode: str, alpha: float) -> str:
     r, g, b = (int(hexcode[i:i + 2], 16) for i in (1, 3, 5))
     return f"rgba({r},{g},{b},{alpha})"
 
-def _short(values: Sequence[float]) -> list[float]:
-    "Five significant digits: a figure is looked at, and its numbers are saved in the notebook."
-    return [float(f"{float(v):.5g}") for v in values]
+def _short(values: Sequence[float], most: int = 151) -> list[float]:
+    "At most 151 values of five significant digits: a figure is looked at, and its numbers are saved in the notebook."
+    keep = sorted({round(i * (len(values) - 1) / (most - 1)) for i in range(most)}) if len(values) > most else range(len(values))
+    return [float(f"{float(values[i]):.5g}") for i in keep]
 
 def band(x: Sequence[float], lo: Sequence[float], hi: Sequence[float], hue: str) -> go.Scatter:
     "The area between two curves."
-    return go.Scatter(x=[*x, *reversed(x)], y=[*hi, *reversed(lo)], fill="toself", fillcolor=_faded(hue, 0.15), line=dict(width=0), hoverinfo="skip", showlegend=False)
+    return go.Scatter(x=[*x, *reversed(x)], y=[*hi, *reversed(lo)], fill="toself", fillcolor=_faded(hue, 0.15), line=dict(width=0),
+                      hoverinfo="skip", showlegend=False)
 
-def lines(curves: Mapping[str, tuple], *, x: str, y: str, title: str, log_x: bool = False, log_y: bool = False, markers: bool = False, dash: Mapping[str, str] | None = None) -> go.Figure:
+def lines(curves: Mapping[str, tuple], *, x: str, y: str, title: str, log_x: bool = False, log_y: bool = False, markers: bool = False,
+          dash: Mapping[str, str] | None = None) -> go.Figure:
     """Named curves over one axis.
 
     curves: name -> (x, y) or (x, y, low, high), the last two a band. x, y: axis names with their units. title: what to see."""
@@ -52,6 +57,7 @@ def lines(curves: Mapping[str, tuple], *, x: str, y: str, title: str, log_x: boo
     for name, (xs, ys, *spread) in curves.items():
         xs, ys = _short(xs), _short(ys)
         if spread: fig.add_trace(band(xs, *map(_short, spread), colour(name)))
-        fig.add_trace(go.Scatter(x=xs, y=ys, name=name, mode="lines+markers" if markers else "lines", line=dict(color=colour(name), width=2.5, dash=(dash or {}).get(name))))
-    fig.update_layout(title_text=title, xaxis=dict(title_text=x, type="log" if log_x else "linear"), yaxis=dict(title_text=y, type="log" if log_y else "linear"))
-    return fig
+        style = dict(color=colour(name), width=2.5, dash=(dash or {}).get(name))
+        fig.add_trace(go.Scatter(x=xs, y=ys, name=name, mode="lines+markers" if markers else "lines", line=style))
+    scale = lambda log: "log" if log else "linear"
+    return fig.update_layout(title_text=title, xaxis=dict(title_text=x, type=scale(log_x)), yaxis=dict(title_text=y, type=scale(log_y)))

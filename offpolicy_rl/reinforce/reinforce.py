@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['reinforce', 'rloo', 'reinforce_loss', 'baseline_advantage']
 
-# %% ../../nbs/reinforce/reinforce.ipynb #53886fff
+# %% ../../nbs/reinforce/reinforce.ipynb #7a88301d
 from typing import Annotated
 
 import torch
@@ -12,17 +12,19 @@ from ..advantages.grpo import grpo_advantage, rloo_advantage
 from ..core import Advantage, Aggregate, PerSequence, PerToken, Range, Stats, TokenMask, method, per_token, seq_mean_token_sum
 from ..recipes import Recipe
 
-# %% ../../nbs/reinforce/reinforce.ipynb #40d89221
+# %% ../../nbs/reinforce/reinforce.ipynb #d01e57f1
 @method(family="reinforce", paper="Williams 1992, doi:10.1007/BF00992696")
 def reinforce_loss(logp: PerToken, adv: Advantage, mask: TokenMask, *, aggregate: Aggregate = seq_mean_token_sum) -> tuple[torch.Tensor, Stats]:
     "REINFORCE: raise the log-probability of each token in proportion to its advantage, whoever sampled it."
     return aggregate(-per_token(adv, mask) * logp, mask), {}
 
+# %% ../../nbs/reinforce/reinforce.ipynb #c0d831b1
 @method(family="reinforce", paper="Williams 1992, doi:10.1007/BF00992696")
-def baseline_advantage(reward: PerSequence, *, baseline: Annotated[float, Range(-1, 1, limits=(-float("inf"), float("inf")))] = 0.0) -> PerSequence:
+def baseline_advantage(reward: PerSequence, *, baseline: Annotated[float, Range(-1, 1, limits=(-1e6, 1e6))] = 0.0) -> PerSequence:
     "The reward less a constant."
     return reward - baseline
 
-# %% ../../nbs/reinforce/reinforce.ipynb #9ad937e0
-reinforce = Recipe("reinforce", advantage=grpo_advantage, loss=reinforce_loss, paper="Williams 1992", note="uncorrected: the samples are taken as the policy's own")
+# %% ../../nbs/reinforce/reinforce.ipynb #8275ca4a
+reinforce = Recipe("reinforce", advantage=grpo_advantage, loss=reinforce_loss, paper="Williams 1992",
+                   note="uncorrected: the samples are taken as the policy's own")
 rloo = Recipe("rloo", advantage=rloo_advantage, loss=reinforce_loss, paper="arXiv:2402.14740", note="REINFORCE with the leave-one-out baseline")

@@ -9,17 +9,20 @@ from torch import Tensor
 
 from .toy import Network, Tabular, Toy
 
-# %% ../../nbs/toys/bandit.ipynb #8b14ae34
+# %% ../../nbs/toys/bandit.ipynb #30e80d23
 def Bandit(reward: Tensor | list | None = None, *, arms: int = 4, contexts: int = 1, noise: float = 0.0, hidden: int | None = None,
            seed: int = 0, scale: float = 0.0) -> Toy:
     """A contextual bandit.
 
-    reward: (arms,) or (contexts, arms) expected rewards; by default standard normal, from `seed`. noise: standard deviation of the reward, a fair coin between -noise and +noise.
-    hidden: None for one logit an arm and context, else the width of a network shared by the contexts. scale: spread of the policy's first logits (0: uniform). On-policy at first: mu and ref are the policy."""
+    reward: (arms,) or (contexts, arms) expected rewards; by default standard normal, from `seed`. noise: standard deviation of the reward, a fair
+    coin between -noise and +noise.
+    hidden: None for one logit an arm and context, else the width of a network shared by the contexts. scale: spread of the policy's first logits (0:
+    uniform). On-policy at first: mu and ref are the policy."""
     generator = torch.Generator().manual_seed(seed)
     means = torch.randn(contexts, arms, generator=generator, dtype=torch.float64) if reward is None else torch.as_tensor(reward, dtype=torch.float64)
     means = means[None] if means.ndim == 1 else means
-    if means.ndim != 2 or means.shape[1] < 2: raise ValueError(f"reward: expected (arms,) or (contexts, arms) with at least two arms, got shape {tuple(means.shape)}")
+    if means.ndim != 2 or means.shape[1] < 2:
+        raise ValueError(f"reward: expected (arms,) or (contexts, arms) with at least two arms, got shape {tuple(means.shape)}")
     if noise < 0: raise ValueError(f"noise: expected a standard deviation of 0 or more, got {noise}")
     contexts, arms = means.shape
     draws = torch.tensor([-noise, noise] if noise else [0.0], dtype=torch.float64)

@@ -3,9 +3,8 @@
 # %% auto #0
 __all__ = ['Tabular', 'Network', 'Toy', 'stale', 'temperature', 'mixture', 'noisy', 'quantised', 'another', 'expert']
 
-# %% ../../nbs/toys/toy.ipynb #1d5904e6
+# %% ../../nbs/toys/toy.ipynb #aa2c4879
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,7 +57,7 @@ class Network:
         hidden = torch.tanh(self._inputs @ inner.view(self.features, self.hidden))
         return (hidden @ outer.view(self.hidden, self.vocab)).log_softmax(-1)
 
-# %% ../../nbs/toys/toy.ipynb #2f4cd98a
+# %% ../../nbs/toys/toy.ipynb #6f862995
 @dataclass(frozen=True)
 class Toy:
     """A list of outcomes (n of them, at most t tokens long), a policy and a behaviour, all in float64.
@@ -129,12 +128,14 @@ class Toy:
     def batch(self) -> dict[str, Tensor]:
         """All outcomes as one batch of the vocabulary.
 
-        `adv` is the reward less what the prompt yields on average under the behaviour, which is the group-relative advantage of an infinite group; `value` is that of the policy."""
+        `adv` is the reward less what the prompt yields on average under the behaviour, which is the group-relative advantage of an infinite group;
+        `value` is that of the policy."""
         table = self.table().detach()
         old = self.mu if self.old is None else self.old
-        return dict(logp=self.logp(table), logp_mu=self.logp(self.mu), logp_old=self.logp(old), logp_ref=self.logp(self.ref), mask=self.mask, reward=self.reward,
-                    adv=self.reward - self.prompt_value(self.mu), group=self.prompt, value=self.value(table), logits=table[self.node] * self.mask[..., None],
-                    entropy=-(table.exp() * table).sum(-1)[self.node] * self.mask, age=torch.zeros_like(self.prompt), expert=torch.zeros_like(self.prompt, dtype=torch.bool))
+        return dict(logp=self.logp(table), logp_mu=self.logp(self.mu), logp_old=self.logp(old), logp_ref=self.logp(self.ref), mask=self.mask,
+                    reward=self.reward, adv=self.reward - self.prompt_value(self.mu), group=self.prompt, value=self.value(table),
+                    logits=table[self.node] * self.mask[..., None], entropy=-(table.exp() * table).sum(-1)[self.node] * self.mask,
+                    age=torch.zeros_like(self.prompt), expert=torch.zeros_like(self.prompt, dtype=torch.bool))
 
     def sample(self, draws: int, generator: torch.Generator, size: int = 1) -> Tensor:
         "Row numbers (draws, size) of outcomes that the behaviour samples; the `size` responses of one draw answer the same prompt."
@@ -150,7 +151,8 @@ class Toy:
     def with_behaviour(self, mu: Tensor) -> "Toy":
         "The same toy with another behaviour: a table (nodes, vocab) of log-probabilities."
         if mu.shape != self.mu.shape: raise ValueError(f"mu: expected a table of shape {tuple(self.mu.shape)}, got {tuple(mu.shape)}")
-        if not torch.allclose(mu.exp().sum(-1), torch.ones_like(mu[:, 0])): raise ValueError("mu: expected log-probabilities whose rows sum to 1")
+        if not torch.allclose(mu.exp().sum(-1), torch.ones_like(mu[:, 0])):
+            raise ValueError("mu: expected log-probabilities whose rows sum to 1")
         return replace(self, mu=mu)
 
     @property
