@@ -1,0 +1,65 @@
+# Every target makes the environment it needs in .venv; nothing is installed by hand.
+# A stamp file in .venv stands for each installed set of extras and is remade when the metadata changes.
+
+PYTHON ?= python3
+# The one big download, pinned and installed before anything that asks for it: an unpinned torch pulls several GB of CUDA libraries.
+# On a machine without a GPU, PyTorch's CPU build of this version is meant: point pip at PyTorch's CPU index (PIP_EXTRA_INDEX_URL),
+# or say so here, e.g. make test TORCH=path/to/the-wheel.whl
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+META := settings.ini setup.py pyproject.toml
+
+RECIPES ?= reinforce ppo topr
+STALENESS ?= 1 32
+TASK ?= sort
+SEEDS ?= 0 1
+OUT ?= runs/main
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lab docs notebooks env system clean
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
+
+run: $(VENV)/.llm  ## train and compare three recipes on a small language model, on-policy and 32 updates stale, into runs/main
+	$(BIN)/offpolicy compare --recipes $(RECIPES) --staleness $(STALENESS) --task $(TASK) --seeds $(SEEDS) --out $(OUT)
+
+test: env system  ## run every check: notebooks, package, site in a browser
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lab: $(VENV)/.lab  ## explore in JupyterLab
+	$(BIN)/jupyter lab nbs/index.ipynb
+
+docs: $(VENV)/.docs  ## build the site into _docs (opens from file:// too)
+	$(BIN)/python docs/build.py
+
+notebooks: env  ## export the package, run all notebooks and save their outputs, clean them, write README.md
+	scripts/notebooks
+
+env: $(VENV)/.dev  ## the developer's environment, .venv
+
+system:  ## Chromium for the browser tests, where apt-get can install it
+	@scripts/system.sh
+
+clean:  ## remove what was built (the environment and the runs stay)
+	rm -rf _docs docs/_src docs/_tree _proc build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)*' -type d -prune -exec rm -rf {} +
+
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1): Python 3.11, 3.12 or 3.13 is needed, e.g. make PYTHON=python3.12" >&2; exit 1; }
+	@echo "making $(VENV) with $(TORCH)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install $(TORCH)
+	@touch $@
+
+$(VENV)/.llm: EXTRAS := llm
+$(VENV)/.lab: EXTRAS := lab,llm,dev
+$(VENV)/.docs: EXTRAS := docs,lab,llm,dev
+$(VENV)/.dev: EXTRAS := dev,lab,llm,docs,trl
+$(addprefix $(VENV)/.,llm lab docs dev): $(VENV)/.torch $(META)
+	$(PIP) install --editable '.[$(EXTRAS)]'
+	@touch $@
