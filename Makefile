@@ -17,6 +17,7 @@ TASK ?= sort
 SEEDS ?= 0 1
 OUT ?= runs/main
 PYTEST_ARGS ?=
+LAB_ARGS ?= $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
 .PHONY: help run test lab docs notebooks env system clean
@@ -32,7 +33,7 @@ test: env system  ## run every check: notebooks, package, site in a browser
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lab: $(VENV)/.lab  ## explore in JupyterLab
-	$(BIN)/jupyter lab nbs/index.ipynb
+	$(BIN)/jupyter lab $(LAB_ARGS) nbs/index.ipynb
 
 docs: $(VENV)/.docs  ## build the site into _docs (opens from file:// too)
 	$(BIN)/python docs/build.py

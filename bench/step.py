@@ -15,7 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from offpolicy_rl.llm.config import TrainConfig
@@ -63,11 +63,12 @@ def trl(config: TrainConfig, rounds: int):
             settings = GRPOConfig(
                 output_dir=folder, per_device_train_batch_size=size, num_generations=config.group_size, max_completion_length=job.max_tokens,
                 max_steps=rounds + 1, learning_rate=config.lr, lr_scheduler_type="constant", temperature=1.0, top_k=0, beta=0.0, num_iterations=1,
-                steps_per_generation=1, epsilon=0.2, loss_type="grpo", scale_rewards=True, use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False,
-                logging_steps=1000, save_strategy="no", report_to=[], disable_tqdm=True)
+                steps_per_generation=1, epsilon=0.2, loss_type="grpo", scale_rewards=True, use_cpu=True, bf16=False, fp16=False,
+                gradient_checkpointing=False, logging_steps=1000, save_strategy="no", report_to=[], disable_tqdm=True)
             clock = Clock()
             trainer = GRPOTrainer(model=model.train(), reward_funcs=reward, args=settings, train_dataset=Dataset.from_dict({"prompt": prompts}),
                                   processing_class=tokenizer, callbacks=[clock])
+            trainer.remove_callback(PrinterCallback)
             trainer.train()
         yield clock.seconds
 
@@ -90,7 +91,8 @@ def main() -> None:
     best = {name: min(seconds) for name, seconds in times.items()}
     samples = config.prompts_per_step * config.group_size
     for name, label in (("ours", "offpolicy_rl"), ("trl", "TRL GRPOTrainer")):
-        print(f"{label:16s} {1e3 * median[name]:7.1f} ms a step (median of {len(times[name])}), best {1e3 * best[name]:.1f} ms, {samples / median[name]:.0f} samples/s")
+        print(f"{label:16s} {1e3 * median[name]:7.1f} ms a step (median of {len(times[name])}), best {1e3 * best[name]:.1f} ms, "
+              f"{samples / median[name]:.0f} samples/s")
     print(f"ratio TRL / offpolicy_rl: {median['trl'] / median['ours']:.2f} (median), {best['trl'] / best['ours']:.2f} (best)")
 
 

@@ -208,11 +208,12 @@ def _ready(name: str, x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Ten
     if x.is_floating_point(): _finite(name, x)
     return x
 
-# %% ../nbs/core.ipynb #b34e7f83
+# %% ../nbs/core.ipynb #b4ce2faa
 FAMILIES = ("reinforce", "ratios", "advantages", "entropy", "data", "guidance", "distillation", "preferences", "agents", "systems", "diffusion",
             "evaluation", "control", "robots")
 KINDS = {"ratio": "importance weights, b t", "advantage": "b or b t", "loss": "a scalar and a dict of detached diagnostics",
-         "penalty": "a term to add to a loss", "reward": "shapes a reward", "sampler": "chooses prompts, rollouts or stored samples", "estimate": "off-policy evaluation"}
+         "penalty": "a term to add to a loss", "reward": "shapes a reward", "sampler": "chooses prompts, rollouts or stored samples",
+         "estimate": "off-policy evaluation"}
 
 @dataclass(frozen=True)
 class Method:

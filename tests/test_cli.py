@@ -41,8 +41,8 @@ def offpolicy(capsys):
 
 def start(line: str, **more) -> subprocess.Popen:
     "Start a command line as a process of its own, with its children in a group."
-    return subprocess.Popen([sys.executable, "-m", "offpolicy_rl", *shlex.split(line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **more)
+    return subprocess.Popen([sys.executable, "-m", "offpolicy_rl", *shlex.split(line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **more)
 
 
 def test_list_shows_everything(offpolicy):
@@ -72,9 +72,10 @@ def test_every_recipe_has_its_knobs_as_flags(name):
 
 
 @pytest.mark.parametrize("line, message", [
-    ("train --recipe nonesuch", "topr"), ("compare --recipes topr nonesuch", "topr"), ("train --task chess", "unknown task 'chess': known are countdown, sort"),
-    ("train --model /no/such/model", "model '/no/such/model' is not 'embedded'"), ("train --neg-cap -1", "neg_cap: expected a number in [0, inf], got -1.0"),
-    ("train --neg-cap much", "--neg-cap"), ("train --group-size 1", "group_size: recipe 'topr' compares"), ("train --staleness 0", "expected a number of updates of at least 1, or offline"),
+    ("train --recipe nonesuch", "topr"), ("compare --recipes topr nonesuch", "topr"), ("train --task chess", "unknown task 'chess': known are"),
+    ("train --model /no/such/model", "model '/no/such/model' is not 'embedded'"), ("train --neg-cap much", "--neg-cap"),
+    ("train --neg-cap -1", "neg_cap: expected a number in [0, inf], got -1.0"), ("train --group-size 1", "group_size: recipe 'topr' compares"),
+    ("train --staleness 0", "expected a number of updates of at least 1, or offline"),
     ("train --steps 0", "steps: expected a number of at least 1"), ("train --lr -1", "lr: expected a positive number"), ("train --device cuda:77", "cuda:77"),
     ("train --recipe ppo --neg-cap 1", "--neg-cap"), ("compare --jobs 0", "jobs: expected at least 1"), ("compare --seeds 0 0", "two runs have the same"),
     ("report /no/such/folder", "no run records"), ("fly", "invalid choice: 'fly'"), ("", "required")])

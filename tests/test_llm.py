@@ -69,7 +69,8 @@ def test_verifiers_survive_any_text(t, text, seed):
     assert t.verify(prompt, right + " ") == t.verify(prompt, right[:-1]) == t.verify(prompt, "0" + right) == 0
 
 
-@given(terms=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=4), min_size=1, max_size=5), signs=st.lists(st.sampled_from([1, -1]), min_size=5, max_size=5))
+@given(terms=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=4), min_size=1, max_size=5),
+       signs=st.lists(st.sampled_from([1, -1]), min_size=5, max_size=5))
 def test_expressions_are_worth_what_arithmetic_says(terms, signs):
     signs = [1, *signs[1:len(terms)]]
     text = "".join(("" if i == 0 else "+" if s > 0 else "-") + "*".join(map(str, term)) for i, (s, term) in enumerate(zip(signs, terms)))
@@ -81,7 +82,7 @@ def test_what_is_no_expression_has_no_value(text): assert expression_value(text)
 
 
 def test_countdown_knows_every_solution():
-    assert set(solutions("123", 6)) == {e for e in solutions("321", 6)} and "1+2+3" in solutions("123", 6) and "1*2*3" in solutions("123", 6)
+    assert set(solutions("123", 6)) == set(solutions("321", 6)) and "1+2+3" in solutions("123", 6) and "1*2*3" in solutions("123", 6)
     assert len(solutions("123", 6)) == 12  # six orders of a sum, six of a product; 3*2*1 and the like are among them
 
 
@@ -263,17 +264,17 @@ def test_samples_are_as_old_as_staleness_says(staleness, ages):
 
 
 def test_which_policy_logp_old_is():
-    clipped = {old: train(TrainConfig(recipe="ppo", staleness="offline", old=old, lr=3e-3, **SHORT))["steps"]["clip_fraction"] for old in ("behaviour", "proximal")}
-    assert max(clipped["proximal"]) == 0 and max(clipped["behaviour"]) > 0.01
+    def clipped(old): return max(train(TrainConfig(recipe="ppo", staleness="offline", old=old, lr=3e-3, **SHORT))["steps"]["clip_fraction"])
+    assert clipped("proximal") == 0 and clipped("behaviour") > 0.01
 
 
 def test_what_a_recipe_names_is_made_and_nothing_else(monkeypatch):
     monkeypatch.setattr(core, "_entered", dict(core._entered))
 
     @core.method(family="entropy")
-    def everything_penalty(logp: core.PerToken, logp_ref: core.PerToken, entropy: core.PerToken, logits: core.PerVocab, mask: core.TokenMask, age: core.SequenceIds,
-                           expert: core.SequenceFlags, turn: core.TokenIds, *, size: float = 0.1):
-        assert logits.shape[:2] == mask.shape and entropy.requires_grad and logits.requires_grad and not logp_ref.requires_grad and not expert.any()
+    def everything_penalty(logp: core.PerToken, logp_ref: core.PerToken, entropy: core.PerToken, logits: core.PerVocab, mask: core.TokenMask,
+                           age: core.SequenceIds, expert: core.SequenceFlags, turn: core.TokenIds, *, size: float = 0.1):
+        assert entropy.requires_grad and logits.requires_grad and not logp_ref.requires_grad and not expert.any()
         return size * (core.token_mean(logp - logp_ref, mask) - core.token_mean(entropy, mask) + core.token_mean(logits.square().mean(-1), mask))
     own = Recipe("own", loss=recipe("topr").loss, advantage=recipe("topr").advantage, penalties=(everything_penalty,))
 
@@ -305,9 +306,8 @@ def test_what_cannot_run_is_said_before_it_runs(wrong, message):
 
 
 def test_an_aggregate_of_choice():
-    losses = {a: train(TrainConfig(recipe="reinforce", aggregate=a, **SHORT))["steps"]["loss"][2] for a in ("seq_mean_token_sum", "seq_mean_token_sum_norm")}
-    norms = {a: Trainer(TrainConfig(recipe="reinforce", aggregate=a, **SHORT)).advance() for a in losses}
-    assert norms["seq_mean_token_sum"]["loss"] == pytest.approx(9 * norms["seq_mean_token_sum_norm"]["loss"], rel=1e-3)
+    def first_gradient(aggregate): return Trainer(TrainConfig(recipe="reinforce", aggregate=aggregate, **SHORT)).advance()["gradient_norm"]
+    assert first_gradient("seq_mean_token_sum") == pytest.approx(Sort().max_tokens * first_gradient("seq_mean_token_sum_norm"), rel=1e-3)
 
 
 def test_a_reward_that_is_no_number_stops_the_run_with_its_step(monkeypatch):
@@ -319,7 +319,8 @@ def test_a_reward_that_is_no_number_stops_the_run_with_its_step(monkeypatch):
     monkeypatch.setattr("offpolicy_rl.llm.tasks._tasks", tasks())
     register(Odd())
     monkeypatch.setattr(llm_model, "embedded_path", lambda task, seed, own=llm_model.embedded_path: own(Sort(), seed))
-    with pytest.raises(ValueError, match="step 2: task 'odd' gave the reward nan"): train(TrainConfig(recipe="topr", **{**SHORT, "task": "odd", "eval_every": 6}))
+    config = TrainConfig(recipe="topr", **{**SHORT, "task": "odd", "eval_every": 6})
+    with pytest.raises(ValueError, match="step 2: task 'odd' gave the reward nan"): train(config)
 
 
 def test_a_loss_that_is_no_number_stops_the_run_with_its_step():
@@ -347,8 +348,8 @@ train(config, progress)
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path):
     def run(folder, kill_at):
-        return subprocess.run([sys.executable, "-c", KILLED_RUN, str(tmp_path / folder), str(kill_at)], env={**os.environ, "OMP_NUM_THREADS": "1"},
-                              capture_output=True, text=True, timeout=120)
+        return subprocess.run([sys.executable, "-c", KILLED_RUN, str(tmp_path / folder), str(kill_at)], capture_output=True, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
     assert run("killed", 7).returncode == -signal.SIGKILL
     name = "sort-topr-k3-s0"
     # step 4 is the second of three on one snapshot: the behaviour policy is older than the policy
@@ -361,7 +362,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path):
     assert weights[0] == weights[1]
     killed, whole = (read_record(tmp_path / folder / f"{name}.json") for folder in ("killed", "whole"))
     for key in ("evaluations", "samples", "config", "recipe"): assert killed[key] == whole[key]
-    assert {k: v for k, v in killed["steps"].items() if not k.endswith("seconds")} == {k: v for k, v in whole["steps"].items() if not k.endswith("seconds")}
+    for name in killed["steps"].keys() | whole["steps"].keys():
+        if not name.endswith("seconds"): assert killed["steps"][name] == whole["steps"][name]
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
@@ -434,8 +436,9 @@ def test_the_report_needs_no_network():
 def test_stale_data_ruins_reinforce_and_not_topr():
     """At staleness 32 uncorrected REINFORCE forgets what it could do (it starts near 0.45), and TOPR learns.
 
-    Success of REINFORCE jumps between evaluations, so the mean of the last five counts."""
+    Success of REINFORCE jumps between evaluations, so the mean of the last five counts. Seeds 0, 1, 2 gave 0.15, 0.10, 0.10 and
+    0.77, 0.67, 0.70; after 200 updates the worst of three was 0.23 and 0.59, too near to the limits."""
     def run(name):
-        evaluations = train(TrainConfig(recipe=name, staleness=32, steps=200, eval_every=20, seed=0))["evaluations"]
+        evaluations = train(TrainConfig(recipe=name, staleness=32, steps=300, eval_every=20, seed=0))["evaluations"]
         return statistics.fmean(e["sampled"] for e in evaluations[-5:])
-    assert run("reinforce") < 0.35 and run("topr") > 0.6
+    assert run("reinforce") < 0.2 and run("topr") > 0.6

@@ -18,9 +18,9 @@ OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 QUIET = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", OFFLINE)
 WAIT = 60_000
 
-# What a page needs to be finished: every formula set, every figure drawn.
+# What a page needs to be finished: every formula set, every figure and explorer drawn.
 READY = """() => [...document.querySelectorAll('.math')].every(e => e.querySelector('mjx-container'))
-  && [...document.querySelectorAll('.orl-figure')].every(e => e.querySelector('.main-svg'))"""
+  && [...document.querySelectorAll('.orl-figure, .orl-explorer')].every(e => e.querySelector('.main-svg'))"""
 
 
 def build(script: Path, out: Path) -> subprocess.CompletedProcess:
@@ -128,6 +128,23 @@ def test_figures_follow_the_theme(visit, addresses, site, pages):
     page.wait_for_function(f"light => {ink} !== light", arg=light, timeout=WAIT)
     red, green, blue = (int(part) for part in page.evaluate(ink).removeprefix("rgb(").removesuffix(")").split(","))
     assert min(red, green, blue) > 150, "dark mode writes in light ink"
+
+
+@pytest.mark.browser
+def test_explorer_answers(visit, addresses, site, pages):
+    "A slider of the behaviour changes the exact numbers that the explorer tells."
+    name = next(name for name in pages if 'class="orl-explorer"' in (site / name).read_text(encoding="utf-8"))
+    page = visit(addresses["file"])
+    page.goto(f"{addresses['file']}/{name}")
+    page.wait_for_function(READY, timeout=WAIT)
+    told = "[...document.querySelectorAll('.orl-explorer [aria-live]')].map(e => e.textContent).join()"
+    before = page.evaluate(told)
+    assert "direction error" in before
+    level = page.locator(".orl-explorer fieldset").nth(1).locator("input[type=range]")
+    level.focus()
+    page.keyboard.press("End")
+    page.wait_for_function(f"before => {told} !== before", arg=before, timeout=WAIT)
+    assert not page.complaints
 
 
 def notebook(*cells: tuple[str, str]) -> str:

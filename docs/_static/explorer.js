@@ -25,9 +25,12 @@
     return {shape: table.shape, all, at};
   };
 
-  const number = value => Number.isInteger(value) ? String(value) : String(Number(value.toPrecision(3)));
+  const number = value => {
+    if (value !== 0 && Math.abs(value) < 1e-3) return value.toExponential(1).replace('.0e', 'e').replace('-', '−');
+    return String(Number(value.toPrecision(3))).replace('-', '−');
+  };
   const reading = {
-    mu_age: v => v === 0 ? 'on-policy' : `${v} update${v === 1 ? '' : 's'}`, mu_temperature: number,
+    mu_age: v => v || 'on-policy', mu_temperature: number,
     mu_mixture: v => `${Math.round(100 * v)} %`, mu_noise: v => `${number(v)} nats`,
   };
 
@@ -110,59 +113,77 @@
   });
 
   const dots = (page, values, texts, least) => [{
-    x: values.map(v => Math.max(v, least)), y: values.map((_, i) => i), text: texts, mode: 'markers+text', textposition: 'top center', cliponaxis: false,
-    marker: {color: page.methods.map(m => m.colour), size: values.map((_, i) => i ? 11 : 15), opacity: 1}, hovertemplate: '%{text}<extra></extra>',
+    x: values.map(v => v === null ? null : Math.max(v, least)), y: values.map((_, i) => i), text: texts,
+    mode: 'markers+text', textposition: 'top center', cliponaxis: false, hovertemplate: '%{text}<extra></extra>',
+    marker: {color: page.methods.map(m => m.colour), size: values.map((_, i) => i ? 11 : 15), opacity: 1, line: {width: 0}},
   }];
-  const dotLayout = (page, xaxis) => ({
-    margin, showlegend: false, xaxis,
-    yaxis: axis('', {range: [page.methods.length - 0.5, -0.8], tickvals: page.methods.map((_, i) => i), ticktext: page.methods.map(m => m.name), zeroline: false}),
-  });
+  const dotLayout = (page, xaxis) => {
+    const names = page.methods.map(m => m.name);
+    const range = [names.length - 0.5, -0.8];
+    const yaxis = axis('', {range, tickvals: names.map((_, i) => i), ticktext: names, zeroline: false});
+    return {margin, showlegend: false, xaxis, yaxis};
+  };
 
   // Whole decades around every variance that the present toy and dial can show: the axis stands still while a slider moves.
   const decades = (tables, state) => {
     const seen = [tables.log_variance, tables.rival_log_variance].flatMap(table => {
-      const [toys, dials, levels] = table.shape.slice(-3), block = toys * dials * levels, from = (state.toy * dials + state.dial) * levels;
-      return table.all.filter((_, i) => i % block >= from && i % block < from + levels);
+      const [toys, dials, levels] = table.shape.slice(-3);
+      const block = toys * dials * levels, from = (state.toy * dials + state.dial) * levels;
+      return table.all.filter((v, i) => v !== null && i % block >= from && i % block < from + levels);
     });
     return [Math.max(Math.floor(Math.min(...seen) - 0.1), LEAST_LOG_VARIANCE), Math.ceil(Math.max(...seen) + 0.1)];
   };
 
-  const ready = page => {
-    const tables = Object.fromEntries(Object.entries(page.tables).map(([name, table]) => [name, decode(table)]));
-    const state = {knobs: page.knobs.map(knob => knob.start), ...page.start};
-    const where = () => [state.toy, state.dial, state.level];
-    const both = name => [tables[name].at(...state.knobs, ...where())[0], ...page.methods.slice(1).map((_, i) => tables[`rival_${name}`].at(i, ...where())[0])];
-    return {tables, state, both, ess: () => tables.ess.at(...where())[0]};
+  // The direction error and the variance of the method and its rivals where the controls stand, as numbers and as they are read.
+  const moments = (page, tables, state) => {
+    const where = [state.toy, state.dial, state.level];
+    const one = (name, i) => i ? tables[`rival_${name}`].at(i - 1, ...where) : tables[name].at(...state.knobs, ...where);
+    const all = name => page.methods.map((_, i) => one(name, i)[0]);
+    const errors = all('direction_error'), logs = all('log_variance');
+    const read = (values, text) => values.map(v => v === null ? 'refused' : text(v));
+    const errorTexts = read(errors, v => v.toFixed(2)), variances = read(logs, v => number(10 ** v));
+    return {errors, logs, errorTexts, variances, ess: tables.ess.at(...where)[0]};
+  };
+
+  const momentFigures = (page, tables, state, made) => {
+    const sine = axis('sine of the angle to the gradient', {range: [-0.06, 1.06]});
+    const range = decades(tables, state), tickvals = Array.from({length: range[1] - range[0] + 1}, (_, i) => range[0] + i);
+    const log = axis('in units of |gradient|²', {range, tickvals, ticktext: tickvals.map(v => number(10 ** v))});
+    return [[dots(page, made.errors, made.errorTexts, 0), dotLayout(page, sine)],
+      [dots(page, made.logs, made.variances, range[0]), dotLayout(page, log)]];
+  };
+
+  const titles = page => {
+    const drawn = page.kind === 'advantage' ? ['Advantage of a correct answer', 'Advantage of a wrong answer']
+      : ['Coefficient of a good response, A = 1', 'Coefficient of a bad response, A = −1'];
+    return [...('coefficient' in page.tables ? drawn : []), 'Direction error, exact', 'Variance, exact'];
   };
 
   const build = async host => {
     const page = JSON.parse(host.querySelector('script').textContent);
-    const {tables, state, both, ess} = ready(page);
+    const tables = Object.fromEntries(Object.entries(page.tables).map(([name, table]) => [name, decode(table)]));
+    const state = {knobs: page.knobs.map(knob => knob.start), ...page.start};
     const readout = element('p', {className: 'orl-note'}), spoken = element('p', {className: 'orl-spoken'});
     spoken.setAttribute('aria-live', 'polite');
-    const advantage = page.kind === 'advantage', shows = 'coefficient' in tables;
-    const titles = advantage ? ['Advantage of a correct answer', 'Advantage of a wrong answer'] : ['Coefficient of a good response, A = 1', 'Coefficient of a bad response, A = −1'];
-    const height = 90 + 34 * page.methods.length;
-    const panels = [...(shows ? titles : []).map(title => panel(title, 240)), panel('Direction error, exact', height), panel('Variance, exact', height)];
+    const panels = titles(page).map((title, i, all) => panel(title, i < all.length - 2 ? 240 : 90 + 34 * page.methods.length));
     let waiting = 0;
     const changed = () => { waiting ||= requestAnimationFrame(() => { waiting = 0; draw(); }); };
-    host.append(element('div', {className: 'orl-controls'}, knobControls(page, state, changed), behaviourControls(page, state, changed, readout)),
-      legend(page), element('div', {className: 'orl-panels'}, ...panels.map(p => p.row)), spoken);
+    const controls = [knobControls(page, state, changed), behaviourControls(page, state, changed, readout)];
+    host.append(element('div', {className: 'orl-controls'}, ...controls), legend(page),
+      element('div', {className: 'orl-panels'}, ...panels.map(p => p.row)), spoken);
     if (page.missing) host.append(note(`No coefficient: ${page.missing}`));
     const Plotly = await window.orl.plotly();
     const draw = () => {
-      const errors = both('direction_error'), logs = both('log_variance'), variances = logs.map(v => number(10 ** v));
-      const range = decades(tables, state), log = axis('in units of |gradient|²', {range, tickvals: Array.from({length: range[1] - range[0] + 1}, (_, i) => range[0] + i)});
-      log.ticktext = log.tickvals.map(v => number(10 ** v));
-      const sine = axis('sine of the angle to the gradient', {range: [-0.06, 1.06]});
-      const figures = [...(shows ? [0, 1].map(column => [curves(page, tables, state, column), curveLayout(page, column)]) : []),
-        [dots(page, errors, errors.map(v => v.toFixed(2)), 0), dotLayout(page, sine)], [dots(page, logs, variances, range[0]), dotLayout(page, log)]];
-      const told = page.methods.map((m, i) => `${m.name}: direction error ${errors[i].toFixed(2)}, variance ${variances[i]}`).join('; ');
-      panels.forEach(({plot, row}, i) => {
-        Plotly.react(plot, figures[i][0], window.orl.themed(figures[i][1]), {responsive: true, displayModeBar: false});
+      const made = moments(page, tables, state);
+      const coefficients = panels.length > 2 ? [0, 1].map(column => [curves(page, tables, state, column), curveLayout(page, column)]) : [];
+      const told = page.methods.map((m, i) => `${m.name}: direction error ${made.errorTexts[i]}, variance ${made.variances[i]}`).join('; ');
+      [...coefficients, ...momentFigures(page, tables, state, made)].forEach(([data, layout], i) => {
+        const {plot, row} = panels[i];
+        Plotly.react(plot, data, window.orl.themed(layout), {responsive: true, displayModeBar: false});
         plot.setAttribute('aria-label', row.firstChild.textContent + (i >= panels.length - 2 ? `. ${told}` : ''));
       });
-      readout.textContent = `Effective sample size ${Math.round(100 * ess())} %` + (page.group_size > 1 ? `, groups of ${page.group_size}` : '');
+      const groups = page.group_size > 1 ? `, groups of ${page.group_size}` : '';
+      readout.textContent = `Effective sample size ${Math.round(100 * made.ess)} %${groups}`;
       spoken.textContent = told;
     };
     draw();

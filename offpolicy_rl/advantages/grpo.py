@@ -3,16 +3,17 @@
 # %% auto #0
 __all__ = ['grpo_advantage', 'dr_grpo_advantage', 'rloo_advantage']
 
-# %% ../../nbs/advantages/grpo.ipynb #73a1eabe
+# %% ../../nbs/advantages/grpo.ipynb #fdcca629
 from typing import Annotated
 
 import torch
 
 from ..core import PerSequence, Range, SequenceIds, group_centred, group_size, method, same_group
 
-# %% ../../nbs/advantages/grpo.ipynb #7a2b2467
+# %% ../../nbs/advantages/grpo.ipynb #47812c5a
 @method(family="advantages", paper="arXiv:2402.03300")
-def grpo_advantage(reward: PerSequence, group: SequenceIds, *, floor: Annotated[float, Range(1e-8, 1e-1, log=True, limits=(0, 1))] = 1e-6) -> PerSequence:
+def grpo_advantage(reward: PerSequence, group: SequenceIds, *,
+                   floor: Annotated[float, Range(1e-8, 1e-1, log=True, limits=(1e-12, 1))] = 1e-6) -> PerSequence:
     "Group-relative advantage: the reward less its group's mean, in units of the group's standard deviation."
     size = group_size(group, reward.dtype)
     centred = group_centred(reward, group)
@@ -20,13 +21,13 @@ def grpo_advantage(reward: PerSequence, group: SequenceIds, *, floor: Annotated[
     # a group of one has nothing to compare with: it keeps its reward
     return torch.where(size > 1, centred / (variance.sqrt() + floor), reward)
 
-# %% ../../nbs/advantages/grpo.ipynb #d75044f3
+# %% ../../nbs/advantages/grpo.ipynb #259d12f5
 @method(family="advantages", paper="arXiv:2503.20783")
 def dr_grpo_advantage(reward: PerSequence, group: SequenceIds) -> PerSequence:
     "The reward less its group's mean, not divided by anything."
     return group_centred(reward, group)
 
-# %% ../../nbs/advantages/grpo.ipynb #44db65eb
+# %% ../../nbs/advantages/grpo.ipynb #9a94a78f
 @method(family="advantages", paper="arXiv:2402.14740")
 def rloo_advantage(reward: PerSequence, group: SequenceIds) -> PerSequence:
     "The reward less the mean of the others in its group: a baseline that does not contain the sample it judges."

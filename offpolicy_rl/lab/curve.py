@@ -15,7 +15,7 @@ from .exact import draws_of, objective_of
 from ..recipes import Recipe
 from ..toys.toy import Toy
 
-# %% ../../nbs/lab/curve.ipynb #6d51f8f8
+# %% ../../nbs/lab/curve.ipynb #0133b886
 @dataclass(frozen=True)
 class Curve:
     """What happened in training, exactly measured, (seeds, updates + 1) each, the first entry before training.
@@ -52,7 +52,8 @@ def _assemble(toy: Toy, theta: Tensor, mu: Tensor, baseline: Tensor, rows: Tenso
     chosen = lambda t: t[toy.node[rows], toy.token[rows]] * toy.mask[rows]
     logp_mu = chosen(mu)
     return dict(logp=chosen(table), logp_mu=logp_mu, logp_old=logp_mu, logp_ref=chosen(toy.ref), mask=toy.mask[rows], reward=toy.reward[rows],
-                adv=toy.reward[rows] - baseline[rows], group=group, age=torch.zeros_like(group), expert=torch.zeros_like(group, dtype=torch.bool))
+                reward_t=toy.reward_t[rows], turn=toy.turn[rows], adv=toy.reward[rows] - baseline[rows], group=group,
+                age=torch.zeros_like(group), expert=torch.zeros_like(group, dtype=torch.bool))
 
 def _measures(toy: Toy, theta: Tensor, mu: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "Objective, entropy, KL(pi || mu) and effective sample size."

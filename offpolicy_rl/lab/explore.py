@@ -26,17 +26,23 @@ from ..toys.bandit import Bandit
 from ..toys.toy import Tabular, Toy, mixture, noisy, stale, temperature
 from ..toys.tree import TokenTree
 
-# %% ../../nbs/lab/explore.ipynb #093f5d34
+# %% ../../nbs/lab/explore.ipynb #4ec2fadb
 DIALS = MappingProxyType({
     "mu_age": Knob("mu_age", 0, int, Range(0, 16)),
     "mu_temperature": Knob("mu_temperature", 1.0, float, Range(0.25, 4, log=True)),
     "mu_mixture": Knob("mu_mixture", 0.0, float, Range(0, 0.9)),
     "mu_noise": Knob("mu_noise", 0.0, float, Range(0, 1.5))})
-LEVELS = MappingProxyType({"mu_age": (0, 1, 2, 4, 8, 16), "mu_temperature": (0.25, 0.5, 0.75, 1.0, 2.0, 4.0), "mu_mixture": (0.0, 0.1, 0.2, 0.4, 0.6, 0.9), "mu_noise": (0.0, 0.1, 0.25, 0.5, 1.0, 1.5)})
+LEVELS = MappingProxyType({
+    "mu_age": (0, 1, 2, 4, 8, 16),
+    "mu_temperature": (0.25, 0.5, 0.75, 1.0, 2.0, 4.0),
+    "mu_mixture": (0.0, 0.1, 0.2, 0.4, 0.6, 0.9),
+    "mu_noise": (0.0, 0.1, 0.25, 0.5, 1.0, 1.5)})
 
 @dataclass(frozen=True)
 class Setting:
-    "A toy by its name, and how its behaviour mu differs from the policy: updates old, temperature, share of random tokens, standard deviation of the noise on its logits (nats)."
+    """A toy by its name, and how its behaviour mu differs from the policy.
+
+    mu_age: updates; mu_mixture: share of random tokens; mu_noise: standard deviation of the noise on its logits, nats."""
     toy: str
     mu_age: int = 0
     mu_temperature: float = 1.0
@@ -62,18 +68,22 @@ def drifted(toy: Toy, setting: Setting) -> Toy:
 @functools.cache
 def default_toys() -> Mapping[str, Toy]:
     "A bandit of four arms, all sequences of three tokens, and the same with an end token, so that lengths differ."
-    return MappingProxyType({"bandit": Bandit(arms=4, scale=1.0), "token tree": TokenTree(3, 3), "with end token": TokenTree(3, 3, end_token=True)})
+    toys = {"bandit": Bandit(arms=4, scale=1.0), "token tree": TokenTree(3, 3), "with end token": TokenTree(3, 3, end_token=True)}
+    return MappingProxyType(toys)
 
-# %% ../../nbs/lab/explore.ipynb #1f3dcbff
+# %% ../../nbs/lab/explore.ipynb #e4b91f8c
 Estimator = Callable | Recipe
 GROUP_SIZE = 4
-RIVALS = MappingProxyType({"loss": ("reinforce_loss", "ppo_loss", "sequence_ratio"), "ratio": ("token_ratio", "prefix_ratio", "sequence_ratio"),
-                           "advantage": ("reinforce_advantage", "rloo_advantage", "grpo_advantage", "dr_grpo_advantage"), "recipe": ("reinforce", "ppo", "grpo")})
+RIVALS = MappingProxyType({
+    "loss": ("reinforce_loss", "ppo_loss", "sequence_ratio"),
+    "ratio": ("token_ratio", "prefix_ratio", "sequence_ratio"),
+    "advantage": ("rloo_advantage", "grpo_advantage", "dr_grpo_advantage"),
+    "recipe": ("reinforce", "ppo", "grpo", "sequence_ratio")})
 
 def kind_of(fn: Estimator) -> str:
     "recipe, or the kind of the catalogue. Raises ValueError for a kind that has no gradient of its own."
     kind = "recipe" if isinstance(fn, Recipe) else method_of(fn).kind
-    if kind not in RIVALS: raise ValueError(f"fn: expected a loss, ratio, advantage or Recipe to explore, got the {kind} {method_of(fn).name}")
+    if kind not in RIVALS: raise ValueError(f"fn: expected a loss, ratio, advantage or Recipe, got the {kind} {method_of(fn).name}")
     return kind
 
 def name_of(fn: Estimator) -> str:
@@ -99,9 +109,9 @@ def natural_rivals(fn: Estimator) -> dict[str, Estimator]:
     "What the catalogue has of the few methods that everyone compares with; the full sequence ratio is the unbiased one."
     known = {**{row.name: row.fn for row in catalogue()}, **recipes()}
     found = {name: known[name] for name in RIVALS[kind_of(fn)] if name in known and name != name_of(fn)}
-    return {**found, "sequence_ratio": known["sequence_ratio"]} if isinstance(fn, Recipe) else found
+    return found
 
-# %% ../../nbs/lab/explore.ipynb #0443ce62
+# %% ../../nbs/lab/explore.ipynb #0d374002
 def pointwise(fn: Estimator) -> Estimator:
     "A recipe that takes the batch's advantage as it is; a method is left alone."
     return replace(fn, advantage=None, reward=None) if isinstance(fn, Recipe) else fn
@@ -109,29 +119,34 @@ def pointwise(fn: Estimator) -> Estimator:
 ANSWERS = 8
 
 def advantage_by_correct(fn: Callable, answers: int = ANSWERS) -> Tensor:
-    "The advantage (answers + 1, 2) of a correct and of a wrong answer in a group with 0, 1, ... correct ones (reward 1, else 0); NaN where there is none of that kind."
+    """The advantage (answers + 1, 2) of a correct and of a wrong answer in a group with 0, 1, ... correct ones.
+
+    A correct answer has reward 1, a wrong one 0. NaN where the group has none of that kind."""
     out = torch.full((answers + 1, 2), math.nan, dtype=torch.float64)
     ones = torch.ones(answers, 1, dtype=torch.float64)
     for n in range(answers + 1):
         reward = (torch.arange(answers) < n).to(torch.float64)
         group = torch.zeros(answers, dtype=torch.long)
-        batch = dict(logp=-ones, logp_mu=-ones, logp_old=-ones, logp_ref=-ones, mask=ones, reward=reward, reward_t=reward[:, None], group=group, age=group, value=0 * ones, expert=group.bool())
+        batch = dict(logp=-ones, logp_mu=-ones, logp_old=-ones, logp_ref=-ones, mask=ones, value=0 * ones,
+                     reward=reward, reward_t=reward[:, None], group=group, age=group, expert=group.bool())
         made = per_sequence(raw_call(fn, batch), ones)
         if n > 0: out[n, 0] = made[0]
         if n < answers: out[n, 1] = made[-1]
     return out
 
 def response_weights(fn: Estimator, toy: Toy) -> Tensor:
-    "How much harder (n,) each outcome is pushed than if it had been sampled on-policy; NaN where it would not be pushed at all. A ratio of coefficients, each outcome alone in its batch."
+    """How much harder (n,) each outcome is pushed than if it had been sampled on-policy; NaN where it would not be pushed at all.
+
+    A ratio of coefficients, each outcome alone in its batch."""
     batch = {k: x[:, None] for k, x in toy.batch().items()}
     push = lambda b: token_coefficients(objective_of(pointwise(fn)), b).mul(b["mask"]).sum((1, 2))
     here, on_policy = push(batch), push({**batch, "logp_mu": batch["logp"], "logp_old": batch["logp"]})
     return torch.where(on_policy.abs() > 1e-9, here / on_policy, math.nan)
 
-# %% ../../nbs/lab/explore.ipynb #083916c9
+# %% ../../nbs/lab/explore.ipynb #e253dc97
 @dataclass(frozen=True)
 class Enumeration:
-    "All draws of `size` responses for several behaviours and policies of one toy: rows (draws, size), probabilities (settings, draws), batches and scores."
+    "All draws of `size` responses for several settings of one toy: rows (draws, size), probabilities (settings, draws), batches, scores."
     toys: tuple[Toy, ...]
     size: int
 
@@ -169,14 +184,15 @@ def moments_of(fn: Estimator, world: Enumeration) -> Tensor:
         out.append(torch.stack([error, variance / (target ** 2).sum(-1)], -1))
     return torch.cat(out)
 
-# %% ../../nbs/lab/explore.ipynb #a9e91243
+# %% ../../nbs/lab/explore.ipynb #063dce6f
 UPDATES, BATCH = 60, 64
 PARTS = ("coefficient", "moments", "learning", "weights")
 
 class Explorer:
     """One method, its rivals and the toys; every number is a function of the knobs (`knobs`), the dials (`DIALS`) and the toy's name.
 
-    `missing` maps a panel that cannot be computed for this method to the reason; `held` lists knobs without a slider. Shown in a notebook it is live; `grid` is what a page without a kernel shows."""
+    `missing` maps a panel that cannot be computed for this method to the reason; `held` lists knobs without a slider.
+    Shown in a notebook it is live; `grid` is what a page without a kernel shows."""
 
     def __init__(self, fn: Estimator, rivals: Mapping[str, Estimator], toys: Mapping[str, Toy], start: Mapping):
         self.fn, self.kind, self.name, self.rivals, self.toys = fn, kind_of(fn), name_of(fn), dict(rivals), dict(toys)
@@ -194,8 +210,10 @@ class Explorer:
     def _checked(self, params: Mapping) -> dict:
         "The parameters, each known and in its range."
         unknown = params.keys() - {"toy", *self.knobs, *DIALS}
-        if unknown: raise ValueError(f"{self.name} has no slider {', '.join(sorted(unknown))}; there are {', '.join([*self.knobs, *DIALS, 'toy'])}")
-        if params.get("toy", next(iter(self.toys))) not in self.toys: raise ValueError(f"toy: expected one of {', '.join(self.toys)}, got {params['toy']!r}")
+        known = ", ".join([*self.knobs, *DIALS, "toy"])
+        if unknown: raise ValueError(f"{self.name} has no slider {', '.join(sorted(unknown))}; there are {known}")
+        toy = params.get("toy", next(iter(self.toys)))
+        if toy not in self.toys: raise ValueError(f"toy: expected one of {', '.join(self.toys)}, got {toy!r}")
         for name in params.keys() - {"toy"}: {**self.knobs, **DIALS}[name].check(params[name])
         return dict(params)
 
@@ -219,19 +237,23 @@ class Explorer:
 
     def _of_rival(self, name: str, part: str, setting: Setting | None) -> np.ndarray:
         fn = self.rivals[name]
-        return self.coefficient_of(fn) if part == "coefficient" else self._moments(fn, setting) if part == "moments" else self._learning(fn, setting)
+        if part == "coefficient": return self.coefficient_of(fn)
+        return self._moments(fn, setting) if part == "moments" else self._learning(fn, setting)
 
     def compute(self, *, parts: Iterable[str] = PARTS, **params) -> dict[str, np.ndarray]:
         """All numbers at one position of the sliders; what `params` does not name is where the explorer starts.
 
-        coefficient: (points, 2) for an advantage of 1 and -1 over `log_ratio`, for an advantage over the number `correct`; direction_error, variance: (1 + rivals,), the method first;
-        objective: (updates + 1, 3) mean, lowest and highest of five seeds; weights: (batch, 2), true and the method's own, by rank; ess: the batch's. rival_*: the same for each rival."""
+        coefficient: (points, 2) for an advantage of 1 and -1 over `log_ratio`; for an advantage, over the number `correct`.
+        direction_error, variance: (1 + rivals,), the method first. objective: (updates + 1, 3): mean, lowest and highest of five seeds,
+        mu refreshed every `mu_age` + 1 updates and not distorted. weights: (batch, 2), true and the method's own, in the order of the true;
+        ess: the batch's effective sample size. rival_*: the same for each rival."""
         values, setting = self._split(params)
         fn = turned(self.fn, values)
         parts = [p for p in parts if p not in self.missing]
         out: dict[str, np.ndarray] = {}
         if "coefficient" in parts:
-            out["correct" if self.kind == "advantage" else "log_ratio"] = np.arange(ANSWERS + 1) if self.kind == "advantage" else default_log_ratios().numpy()
+            axis = dict(correct=np.arange(ANSWERS + 1)) if self.kind == "advantage" else dict(log_ratio=default_log_ratios().numpy())
+            out.update(axis)
             out["coefficient"], out["rival_coefficient"] = self.coefficient_of(fn), self._of_rivals("coefficient", None)
         if "moments" in parts:
             both = np.stack([self._moments(fn, setting), *self._of_rivals("moments", setting)])
@@ -287,20 +309,24 @@ class Explorer:
         made, start = self.compute(parts=("moments",)), self.start
         drift = ", ".join(f"{n}={start[n]:g}" for n in DIALS if start[n] != DIALS[n].default) or "on-policy"
         rows = [f"  {n:24s}{e:8.3f}{v:14.3g}" for n, e, v in zip([self.name, *self.rivals], made["direction_error"], made["variance"])]
-        return f"explore({self.name}) on the toy {start['toy']!r}, {drift}\n  {'':24s}{'direction error':>8s}{'variance':>7s}\n" + "\n".join(rows)
+        return f"explore({self.name}) on the toy {start['toy']!r}, {drift}\n  {'':24s}{'error':>8s}{'variance':>14s}\n" + "\n".join(rows)
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
         from offpolicy_rl.lab.explorer_view import mimebundle
         return mimebundle(self)
 
-# %% ../../nbs/lab/explore.ipynb #98ca8c15
-def explore(fn: Estimator, *, rivals: Mapping[str, Estimator] | Sequence[Estimator] | None = None, toys: Mapping[str, Toy] | None = None, **start) -> Explorer:
+# %% ../../nbs/lab/explore.ipynb #c53a7a7f
+def explore(fn: Estimator, *, rivals: Mapping[str, Estimator] | Sequence[Estimator] | None = None,
+            toys: Mapping[str, Toy] | None = None, **start) -> Explorer:
     """Turn a method's knobs and the off-policyness, and see its coefficient, exact bias and variance, learning curve and weights.
 
-    fn: a loss, ratio or advantage of the catalogue, a partial of one, or a Recipe. rivals: others to compare with, by name or as a list (default: `natural_rivals`). toys: by name (default: `default_toys`);
-    start: where the sliders begin: any knob of the method, `toy`, and the dials `mu_age`, `mu_temperature`, `mu_mixture`, `mu_noise`. In JupyterLab the result is live: it needs the extra `lab`."""
+    fn: a loss, ratio or advantage of the catalogue, a partial of one, or a Recipe. rivals: others to compare with, by name or as a list
+    (default: `natural_rivals`). toys: by name (default: `default_toys`). start: where the sliders begin: any knob of the method, `toy`, and
+    the dials `mu_age` (4), `mu_temperature`, `mu_mixture`, `mu_noise`. In JupyterLab the result is live: it needs the extra `lab`."""
     if rivals is None: rivals = natural_rivals(fn)
     elif not isinstance(rivals, Mapping): rivals = {name_of(r): r for r in rivals}
-    odd = [name for name, r in rivals.items() if (kind_of(r) == "advantage") != (kind_of(fn) == "advantage")]
-    if odd: raise ValueError(f"rivals: expected {'only advantages' if kind_of(fn) == 'advantage' else 'no advantages'} beside the {kind_of(fn)} {name_of(fn)}, got {', '.join(odd)}")
+    advantage = kind_of(fn) == "advantage"
+    odd = [name for name, r in rivals.items() if (kind_of(r) == "advantage") != advantage]
+    wanted = "only advantages" if advantage else "no advantages"
+    if odd: raise ValueError(f"rivals: expected {wanted} beside {name_of(fn)}, got {', '.join(odd)}")
     return Explorer(fn, rivals, default_toys() if toys is None else toys, {"mu_age": 4, **start})

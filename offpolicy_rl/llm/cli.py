@@ -44,7 +44,7 @@ def knob_values(args: argparse.Namespace) -> dict[str, Any]:
     "The knobs that were given, by their names in the recipe."
     return {name.removeprefix("knob:"): x for name, x in vars(args).items() if name.startswith("knob:")}
 
-# %% ../../nbs/llm/cli.ipynb #b1eeffcc
+# %% ../../nbs/llm/cli.ipynb #38eb3bf7
 class _Parser(argparse.ArgumentParser):
     "A parser whose errors are one line."
     def error(self, message: str) -> None:
@@ -82,7 +82,8 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
     add(how, "grad_clip", float, "largest norm of the gradient")
     add(how, "weight_decay", float, "of AdamW")
     add(how, "aggregate", str, "how the loss is averaged over tokens; the recipe's own by default", choices=AGGREGATES)
-    add(how, "old", str, "what logp_old is: the policy that sampled, or the trainer's own at the start of the update", choices=("behaviour", "proximal"))
+    add(how, "old", str, "what logp_old is: the policy that sampled, or the trainer's own at the start of the update",
+        choices=("behaviour", "proximal"))
     add(how, "eval_every", int, "updates between two evaluations")
     add(how, "eval_prompts", int, "held-out prompts of an evaluation")
     where = parser.add_argument_group("where to run")
@@ -97,32 +98,46 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
 
 def build_parser(recipe: Recipe | None = None) -> argparse.ArgumentParser:
     "The parser of the `offpolicy` command; with a recipe, `train` has its knobs."
-    parser = _Parser(prog="offpolicy", description="Off-policy reinforcement learning of language models: train with any recipe of the catalogue, compare recipes under staleness, read the result.")
+    parser = _Parser(prog="offpolicy", description="Off-policy reinforcement learning of language models: train with any recipe of the "
+                                                   "catalogue, compare recipes under staleness, read the result.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{train,compare,report,list}")
+    _train_parser(commands, recipe)
+    _compare_parser(commands)
+    report = commands.add_parser("report", help="make the report of a folder of records again",
+                                 description="Write report.html from the run records in a folder, and print the final table.")
+    report.add_argument("folder", nargs="?", default="runs/main", help="default runs/main")
+    report.add_argument("--to", default=None, metavar="FILE", help="where to write (default FOLDER/report.html)")
+    listing = commands.add_parser("list", help="what there is",
+                                  description="The catalogue by family; or the recipes, or all systems with what implements them.")
+    listing.add_argument("--recipes", action="store_true", help="what --recipe takes")
+    listing.add_argument("--systems", action="store_true", help="the published systems and the functions that implement each")
+    return parser
+
+
+def _train_parser(commands, recipe: Recipe | None) -> None:
     train = commands.add_parser("train", help="one run", description="Train a language model with one recipe and keep the run's record.",
                                 epilog="With --recipe NAME --help, the recipe's own knobs are listed too.")
     train.add_argument("--recipe", default="topr", help="what to train with (default topr; offpolicy list --recipes shows all)")
-    train.add_argument("--staleness", type=staleness, default=1, metavar="K", help="updates between two refreshes of the sampling weights, or offline (default 1: on-policy)")
+    train.add_argument("--staleness", type=staleness, default=1, metavar="K",
+                       help="updates between two refreshes of the sampling weights, or offline (default 1: on-policy)")
     train.add_argument("--seed", type=int, default=0, help="default 0")
     train.add_argument("--threads", type=int, default=argparse.SUPPRESS, help="threads of torch (default: torch's own choice)")
     train.add_argument("--out", default="runs/train", help="folder of the record (default runs/train)")
     _run_flags(train)
     if recipe is not None: add_knobs(train, recipe)
+
+
+def _compare_parser(commands) -> None:
     compare = commands.add_parser("compare", help="many runs side by side, and a report",
-                                  description="Run every recipe at every staleness with every seed, in parallel processes of one thread each. Finished runs are kept: run the same command again to go on.")
+                                  description="Run every recipe at every staleness with every seed, in parallel processes of one thread "
+                                              "each. Finished runs are kept: run the same command again to go on.")
     compare.add_argument("--recipes", nargs="+", default=["reinforce", "ppo", "topr"], metavar="NAME", help="default reinforce ppo topr")
-    compare.add_argument("--staleness", nargs="+", type=staleness, default=[1, 32], metavar="K", help="default 1 32; offline is allowed too")
+    compare.add_argument("--staleness", nargs="+", type=staleness, default=[1, 32], metavar="K",
+                         help="default 1 32; offline is allowed too")
     compare.add_argument("--seeds", nargs="+", type=int, default=[0, 1], metavar="N", help="default 0 1")
     compare.add_argument("--out", default="runs/main", help="folder of the records and the report (default runs/main)")
     compare.add_argument("--jobs", type=int, default=None, metavar="N", help="processes at a time (default: one a core; 1 on a GPU)")
     _run_flags(compare)
-    report = commands.add_parser("report", help="make the report of a folder of records again", description="Write report.html from the run records in a folder, and print the final table.")
-    report.add_argument("folder", nargs="?", default="runs/main", help="default runs/main")
-    report.add_argument("--to", default=None, metavar="FILE", help="where to write (default FOLDER/report.html)")
-    listing = commands.add_parser("list", help="what there is", description="The catalogue by family; or the recipes, or all systems with what implements them.")
-    listing.add_argument("--recipes", action="store_true", help="what --recipe takes")
-    listing.add_argument("--systems", action="store_true", help="the published systems and the functions that implement each")
-    return parser
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -132,7 +147,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     known, _ = peek.parse_known_args([a for a in argv if a not in ("-h", "--help")] if argv[:1] == ["train"] else [])
     return build_parser(find_recipe(known.recipe) if argv[:1] == ["train"] else None).parse_args(argv)
 
-# %% ../../nbs/llm/cli.ipynb #b21e6f2b
+# %% ../../nbs/llm/cli.ipynb #38a77331
 def config_values(args: argparse.Namespace) -> dict[str, Any]:
     "What was given of TrainConfig's fields."
     from offpolicy_rl.llm.config import TrainConfig
@@ -166,7 +181,8 @@ def run_compare(args: argparse.Namespace, command: str) -> None:
     from offpolicy_rl.llm.record import read_record
     from offpolicy_rl.llm.report import text_table, write_report
     shared = {k: v for k, v in config_values(args).items() if k != "staleness"}
-    configs = [TrainConfig(**shared, recipe=r, staleness=k, seed=seed, threads=1) for seed in args.seeds for k in args.staleness for r in args.recipes]
+    configs = [TrainConfig(**shared, recipe=r, staleness=k, seed=seed, threads=1)
+               for seed in args.seeds for k in args.staleness for r in args.recipes]
     paths = compare(configs, args.jobs, command, args.afresh)
     print(text_table([read_record(p) for p in paths]))
     print(f"report: {write_report(args.out)}")
@@ -189,12 +205,15 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
 def run_list(args: argparse.Namespace, command: str) -> None:
     "`offpolicy list`."
     if args.recipes:
-        print(columns([["recipe", "paper", "advantage", "loss", "note"]] +
-                      [[r.name, r.paper, *(_name(r.parts.get(p)) for p in ("advantage", "loss")), r.note] for r in sorted(recipes().values(), key=lambda r: r.name)]))
+        head = ["recipe", "paper", "advantage", "loss", "note"]
+        rows = [[r.name, r.paper, _name(r.advantage), _name(r.loss), r.note] for _, r in sorted(recipes().items())]
     elif args.systems:
-        print(columns([["no.", "family", "method", "implemented by"]] + [[str(s.number), s.family, s.method, ", ".join(s.functions) or "-"] for s in systems()]))
+        head = ["no.", "family", "method", "implemented by"]
+        rows = [[str(s.number), s.family, s.method, ", ".join(s.functions) or "-"] for s in systems()]
     else:
-        print(columns([["family", "method", "kind", "paper", "what it is"]] + [[m.family, m.name, m.kind, m.paper, m.summary] for m in catalogue()]))
+        head = ["family", "method", "kind", "paper", "what it is"]
+        rows = [[m.family, m.name, m.kind, m.paper, m.summary] for m in catalogue()]
+    print(columns([head, *rows]))
 
 
 def _name(fn: Any) -> str:

@@ -6,10 +6,10 @@
 __all__ = ['AGGREGATES', 'DTYPES', 'SUPPLIED', 'ELSEWHERE', 'TrainConfig', 'resolve', 'config_facts', 'recipe_facts', 'run_name',
            'record_path']
 
-# %% ../../nbs/llm/config.ipynb #280c73b2
+# %% ../../nbs/llm/config.ipynb #9ff8251b
 import functools
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..core import method_of
 from .tasks import Task, task as find_task
 from ..recipes import Recipe, recipe as find_recipe
 
-# %% ../../nbs/llm/config.ipynb #b57a1de7
+# %% ../../nbs/llm/config.ipynb #1938072c
 AGGREGATES = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -70,7 +70,7 @@ class TrainConfig:
         _one_of(self, "dtype", DTYPES)
         _one_of(self, "engine_dtype", (None, *DTYPES))
         if self.save_every and self.out is None: raise ValueError("save_every: checkpoints need a folder, but out is None")
-        if self.device.startswith("cuda") and not torch.cuda.is_available(): raise ValueError(f"device: {self.device!r} asked for, but torch sees no GPU")
+        _check_device(self.device)
 
 
 def _at_least(config, name: str, least: int) -> None:
@@ -80,11 +80,18 @@ def _at_least(config, name: str, least: int) -> None:
         raise ValueError(f"{name}: expected a number of at least {least}{' or offline' if name == 'staleness' else ''}, got {value!r}")
 
 
+def _check_device(name: str) -> None:
+    try: device = torch.device(name)
+    except RuntimeError: raise ValueError(f"device: expected cpu, cuda, cuda:1 or another device of torch, got {name!r}") from None
+    gpus = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= gpus: raise ValueError(f"device: {name!r} asked for, but torch sees {gpus} GPUs")
+
+
 def _one_of(config, name: str, known: tuple) -> None:
     value = getattr(config, name)
     if value not in known: raise ValueError(f"{name}: expected one of {', '.join(map(str, known))}, got {value!r}")
 
-# %% ../../nbs/llm/config.ipynb #874330ee
+# %% ../../nbs/llm/config.ipynb #77c4e57b
 SUPPLIED = ("logp", "logp_mu", "logp_old", "logp_ref", "mask", "reward", "group", "turn", "entropy", "logits", "expert", "age")
 
 
@@ -95,8 +102,12 @@ def resolve(config: TrainConfig) -> tuple[Task, Recipe]:
     recipe = recipe.with_knobs(**config.knobs)
     if config.aggregate is not None: recipe = _with_aggregate(recipe, config.aggregate, config.max_tokens or task.max_tokens)
     unknown = [name for name in recipe.inputs if name not in SUPPLIED]
-    if unknown: raise ValueError(f"recipe {recipe.name!r} needs {', '.join(unknown)}, which this trainer does not make; it makes {', '.join(SUPPLIED)}")
-    if recipe.sampler is not None: raise ValueError(f"recipe {recipe.name!r} chooses its samples with {method_of(recipe.sampler).name}, which this trainer does not run")
+    if unknown:
+        raise ValueError(f"recipe {recipe.name!r} needs {', '.join(unknown)}, which this trainer does not make; "
+                         f"it makes {', '.join(SUPPLIED)}")
+    if recipe.sampler is not None:
+        sampler = method_of(recipe.sampler).name
+        raise ValueError(f"recipe {recipe.name!r} chooses its samples with {sampler}, which this trainer does not run")
     if "group" in recipe.inputs and config.group_size == 1:
         raise ValueError(f"group_size: recipe {recipe.name!r} compares the responses to one prompt, so it needs at least 2, got 1")
     return task, recipe

@@ -37,7 +37,7 @@ def provenance(runs: Sequence[Record]) -> str:
         ("machine", several(f"{r['machine']['cpu']}, {r['machine']['gpu'] or 'no GPU'}" for r in runs)), ("date", several(r["date"][:10] for r in runs)),
         ("seeds", several(r["config"]["seed"] for r in runs))])
 
-# %% ../../nbs/llm/curves.ipynb #b4ba9262
+# %% ../../nbs/llm/curves.ipynb #27ae78af
 QUANTITIES = {"sampled": "right answers, sampled", "greedy": "right answers, greedy", "entropy": "entropy, nats a token",
               "ess_sequence": "effective sample size", "gradient_norm": "gradient norm", "clip_fraction": "clipped tokens"}
 
@@ -51,7 +51,7 @@ def learning_figure(runs: Sequence[Record], *, quantity: str = "sampled", title:
     shown: set[str] = set()
     for col, recipes in enumerate(by_stale.values(), 1):
         for name, some in recipes.items():
-            curves = [evaluation_curve(r, quantity) if quantity in ("sampled", "greedy") else step_curve(r, quantity, 40) for r in some]
+            curves = [evaluation_curve(r, quantity) if quantity in ("sampled", "greedy") else step_curve(r, quantity, 25) for r in some]
             if not curves[0][0]: continue
             x, ys = curves[0][0], list(zip(*(y for _, y in curves)))
             fig.add_trace(band(x, [min(y) for y in ys], [max(y) for y in ys], colour(name)), 1, col)

@@ -57,9 +57,9 @@ def pad_left(rows: list[list[int]], pad: int, device: torch.device | str = "cpu"
     real = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=device)
     return ids, real
 
-# %% ../../nbs/llm/engine.ipynb #e46c1030
+# %% ../../nbs/llm/engine.ipynb #8bbd572c
 def shares_prompts(model) -> bool:
-    "True when keys and values of all positions are the whole of what `model` remembers, so that one pass over a prompt serves its group exactly."
+    "True when keys and values of all positions are all that `model` remembers, so that one pass over a prompt serves its group exactly."
     layers = DynamicCache(config=model.config).layers
     recomputes = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())  # and then keeps no cache
     return not recomputes and all(type(layer) is DynamicLayer for layer in layers)
@@ -81,8 +81,9 @@ def response_logits(model, rollouts: Rollouts, share: bool | None = None) -> Per
     if share is None: share = shares_prompts(model)
     for_prompt, for_response = _positions(r.prompt_mask, t - 1)
     if not share:
-        both = {name: torch.cat([for_prompt[name], for_response[name]], 1)[r.group] if name == "position_ids" else for_response[name][r.group]
-                for name in for_response}
+        both = dict(for_response)
+        if both: both["position_ids"] = torch.cat([for_prompt["position_ids"], both["position_ids"]], 1)
+        both = {name: x[r.group] for name, x in both.items()}
         ids = torch.cat([r.prompt_ids[r.group], r.tokens[:, :-1]], 1)
         return model(ids, use_cache=False, logits_to_keep=t, **both).logits
     cache = DynamicCache(config=model.config)
@@ -106,14 +107,15 @@ def token_logps(model, rollouts: Rollouts, temperature: float = 1.0, share: bool
     chosen = logits.gather(-1, rollouts.tokens[..., None])[..., 0]
     return (chosen - logits.logsumexp(-1)) * rollouts.mask, logits
 
-# %% ../../nbs/llm/engine.ipynb #4bd7f9a9
+# %% ../../nbs/llm/engine.ipynb #50c83237
 class Engine(Protocol):
     "Samples responses with a policy of its own, whose weights `sync` brings up to date."
     version: int
-    def sample(self, prompts: list[str], n: int, max_tokens: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Rollouts: ...
+    def sample(self, prompts: list[str], n: int, max_tokens: int, temperature: float = 1.0,
+               generator: torch.Generator | None = None) -> Rollouts: ...
     def sync(self, model, version: int) -> None: ...
 
-# %% ../../nbs/llm/engine.ipynb #c7abe790
+# %% ../../nbs/llm/engine.ipynb #f3ad7622
 class HFEngine:
     """Sampling with a `transformers` model.
 
@@ -162,7 +164,8 @@ class HFEngine:
             drawn.append((token.masked_fill(~alive, self.tokenizer.pad_token_id), logp * alive, alive))
             alive = alive & ~torch.isin(token, ends)
             if i == max_tokens - 1 or not alive.any(): break
-            now = {name: x[group, :prompt_mask.shape[1] + i + 1] if name == "attention_mask" else x[group, i:i + 1] for name, x in for_response.items()}
+            until = {"attention_mask": slice(prompt_mask.shape[1] + i + 1), "position_ids": slice(i, i + 1)}
+            now = {name: x[group, until[name]] for name, x in for_response.items()}
             logits = self.model(drawn[-1][0][:, None], past_key_values=cache, use_cache=True, **now).logits[:, -1]
         tokens, logp_mu, mask = (torch.stack(column, 1) for column in zip(*drawn))
         return tokens, logp_mu, mask.float()
@@ -173,7 +176,8 @@ class HFEngine:
         return decode(self.tokenizer, [row[:-1] if row[-1] in self.ends else row for row in rows])
 
 
-def draw_token(logits: Float[Tensor, "b v"], temperature: float, generator: torch.Generator | None = None) -> tuple[Int[Tensor, "b"], PerSequence]:
+def draw_token(logits: Float[Tensor, "b v"], temperature: float,
+               generator: torch.Generator | None = None) -> tuple[SequenceIds, PerSequence]:
     "One token from each row's softmax at `temperature`, and the log-probability with which it was drawn."
     if temperature == 0: return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
     log_p = (logits.float() / temperature).log_softmax(-1)

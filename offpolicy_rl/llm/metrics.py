@@ -5,21 +5,20 @@
 # %% auto #0
 __all__ = ['QUANTILES', 'effective_fraction', 'off_policyness', 'scalars']
 
-# %% ../../nbs/llm/metrics.ipynb #3bd7c3b9
+# %% ../../nbs/llm/metrics.ipynb #1da08085
 import math
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from ..core import PerToken, TokenMask
+from ..core import PerSequence, PerToken, TokenMask
 
-# %% ../../nbs/llm/metrics.ipynb #7cfa8b59
-def effective_fraction(log_weight: Float[Tensor, "n"]) -> Tensor:
+# %% ../../nbs/llm/metrics.ipynb #83d3b5fc
+def effective_fraction(log_weight: PerSequence) -> Tensor:
     "Effective sample size of importance weights as a share of their number, between 1/n and 1."
     return (2 * log_weight.logsumexp(0) - (2 * log_weight).logsumexp(0)).exp() / len(log_weight)
 
-# %% ../../nbs/llm/metrics.ipynb #8d64d075
+# %% ../../nbs/llm/metrics.ipynb #dbe8b2ec
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 
 
@@ -32,7 +31,8 @@ def off_policyness(logp: PerToken, logp_mu: PerToken, mask: TokenMask) -> dict[s
     at = [round(q * (len(tokens) - 1)) for q in QUANTILES]
     named = {f"ratio_q{100 * q:02.0f}": x for q, x in zip(QUANTILES, tokens[at].exp().clamp(max=1e30).tolist())}
     sequences = shift.double().sum(1)[mask.any(1)]
-    return dict(kl=-tokens.mean().item(), ess_token=effective_fraction(tokens).item(), ess_sequence=effective_fraction(sequences).item(), **named)
+    ess = dict(ess_token=effective_fraction(tokens).item(), ess_sequence=effective_fraction(sequences).item())
+    return dict(kl=-tokens.mean().item(), **ess, **named)
 
 # %% ../../nbs/llm/metrics.ipynb #db4b1c92
 def scalars(stats: dict[str, Tensor | float], prefix: str = "") -> dict[str, float]:

@@ -59,7 +59,7 @@ def decode(tokenizer, tokens: list[list[int]]) -> list[str]:
     if fast is not None: return fast.decode_batch(tokens, skip_special_tokens=False)
     return [tokenizer.decode(row) for row in tokens]
 
-# %% ../../nbs/llm/model.ipynb #d84f8eea
+# %% ../../nbs/llm/model.ipynb #4af70aa6
 ARCHITECTURE = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=32, intermediate_size=192,
                     max_position_embeddings=256, tie_word_embeddings=True)
 
@@ -67,8 +67,8 @@ ARCHITECTURE = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, 
 def embedded_model(seed: int = 0) -> torch.nn.Module:
     "The untrained embedded model, the same for the same seed."
     tokenizer = char_tokenizer()
-    config = Qwen3Config(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
-                         dtype="float32", **ARCHITECTURE)
+    special = dict(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
+    config = Qwen3Config(vocab_size=len(tokenizer), dtype="float32", **special, **ARCHITECTURE)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -125,7 +125,7 @@ def warm_start(model, tokenizer, task: Task, seed: int = 0) -> float:
             optimizer.step()
     return loss.item()
 
-# %% ../../nbs/llm/model.ipynb #cb73b5e8
+# %% ../../nbs/llm/model.ipynb #fc12d7fc
 def cache_folder() -> Path:
     "Where made models are kept: OFFPOLICY_RL_CACHE, else XDG_CACHE_HOME/offpolicy_rl, else ~/.cache/offpolicy_rl."
     if own := os.environ.get("OFFPOLICY_RL_CACHE"): return Path(own)
@@ -137,8 +137,8 @@ def warm_start_key(task: Task, seed: int) -> str:
     rng = random.Random(0)
     prompts = draw(task, 32, rng)
     examples = [(p, task.demonstrate(p, rng)) for p in prompts]
-    facts = dict(format=1, alphabet=ALPHABET, architecture=ARCHITECTURE, warm_start=WARM_START, steps=warm_steps(task), task=task.name, examples=examples, seed=seed,
-                 torch=torch.__version__.split("+")[0])
+    facts = dict(format=1, alphabet=ALPHABET, architecture=ARCHITECTURE, warm_start=WARM_START, steps=warm_steps(task), task=task.name,
+                 examples=examples, seed=seed, torch=torch.__version__.split("+")[0])
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
@@ -146,6 +146,7 @@ def embedded_path(task: Task, seed: int = 0) -> Path:
     "The folder of the warm-started model in Hugging Face format, made if it is not there yet."
     final = cache_folder() / f"{task.name}-{seed}-{warm_start_key(task, seed)}"
     if (final / "config.json").exists(): return final
+    hf_logging.disable_progress_bar()  # of the library, for a file of half a megabyte
     final.parent.mkdir(parents=True, exist_ok=True)
     making = Path(tempfile.mkdtemp(prefix=".making-", dir=final.parent))
     try:

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Task', 'Sort', 'expression_value', 'solutions', 'Countdown', 'held_out', 'draw', 'register', 'tasks', 'task']
 
-# %% ../../nbs/llm/tasks.ipynb #96df64db
+# %% ../../nbs/llm/tasks.ipynb #dfd2fc63
 import hashlib
 import itertools
 import random
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import ClassVar, Protocol, runtime_checkable
 
 # %% ../../nbs/llm/tasks.ipynb #50c8e06d
@@ -47,7 +47,7 @@ class Sort:
 
     def demonstrate(self, prompt, rng): return self.problem(prompt)
 
-# %% ../../nbs/llm/tasks.ipynb #d131b3ff
+# %% ../../nbs/llm/tasks.ipynb #ceb04c62
 def expression_value(text: str) -> int | None:
     "The value of digits joined by `+ - *` (products bind tighter), None where `text` is anything else."
     digits, signs = text[::2], text[1::2]
@@ -59,7 +59,7 @@ def expression_value(text: str) -> int | None:
     return total + sign * term
 
 
-@lru_cache(maxsize=None)
+@cache
 def solutions(digits: str, target: int) -> tuple[str, ...]:
     "Every expression that uses each of `digits` once and is worth `target`."
     found = {"".join(x + op for x, op in zip(order, (*ops, "")))
@@ -98,7 +98,7 @@ class Countdown:
 
     def demonstrate(self, prompt, rng): return rng.choice(solutions("".join(sorted(prompt[:self.n])), int(prompt[self.n + 1:-1])))
 
-# %% ../../nbs/llm/tasks.ipynb #c85fb14f
+# %% ../../nbs/llm/tasks.ipynb #0f5cb557
 def held_out(task: Task, prompt: str, one_in: int = 8) -> bool:
     "True where the prompt's problem belongs to the held-out part."
     return hashlib.blake2b(task.problem(prompt).encode(), digest_size=8).digest()[0] % one_in == 0
@@ -112,7 +112,7 @@ def draw(task: Task, count: int, rng: random.Random, split: str = "train") -> li
         if len(found) == count: return found
         prompt = task.prompt(rng)
         if held_out(task, prompt) == (split == "held_out"): found.append(prompt)
-    raise ValueError(f"task {task.name!r} gave {len(found)} {split} prompts in {1000 * count} draws, {count} were asked for: it has too few prompts")
+    raise ValueError(f"task {task.name!r} has too few {split} prompts: {1000 * count} draws gave {len(found)} of {count}")
 
 # %% ../../nbs/llm/tasks.ipynb #3c5c571d
 _tasks: dict[str, Task] = {}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Trainer', 'same_config', 'finished', 'checkpoint_folder', 'save_pretrained', 'train']
 
-# %% ../../nbs/llm/train.ipynb #6d719b2b
+# %% ../../nbs/llm/train.ipynb #1f409135
 import contextlib
 import copy
 import random
@@ -13,7 +13,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from .model import load
 from .record import add_step, new_record, read_record, rounded, write_record
 from .tasks import draw
 
-# %% ../../nbs/llm/train.ipynb #02e19f09
+# %% ../../nbs/llm/train.ipynb #9df502d4
 class Trainer:
     "A run in progress: policy, behaviour policy, optimiser, random generators and record."
 
@@ -62,7 +61,8 @@ class Trainer:
     def rewards(self, rollouts: Rollouts) -> Tensor:
         "The verifier's number for each response."
         asked = [rollouts.prompts[g] for g in rollouts.group.tolist()]
-        reward = torch.tensor([self.task.verify(p, text) for p, text in zip(asked, rollouts.texts)], device=rollouts.group.device, dtype=torch.float32)
+        marks = [self.task.verify(p, text) for p, text in zip(asked, rollouts.texts)]
+        reward = torch.tensor(marks, device=rollouts.group.device, dtype=torch.float32)
         if not reward.isfinite().all():
             bad = int((~reward.isfinite()).nonzero()[0])
             raise ValueError(f"step {self.step}: task {self.task.name!r} gave the reward {reward[bad].item()} to {rollouts.texts[bad]!r}")
@@ -102,8 +102,8 @@ class Trainer:
     def backward(self, rollouts: Rollouts) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Gradients of the recipe's loss; the loss, its diagnostics and what the policy gave.
 
-        In pieces, the loss is first differentiated by the policy's outputs over the whole batch, and these gradients are then carried through each piece:
-        exact for every loss, also one that looks at the whole batch, for the price of a second forward pass."""
+        In pieces, the loss is first differentiated by the policy's outputs over the whole batch, and these gradients are then carried
+        through each piece: exact for every loss, also one that looks at the whole batch, for the price of a second forward pass."""
         given, parts = self.given(rollouts), self.parts(rollouts)
         if len(parts) == 1:
             policy = self.policy(rollouts)
@@ -130,12 +130,14 @@ class Trainer:
         except ValueError as error: raise ValueError(f"step {self.step}: {error}") from error
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         for name, x in (("loss", loss), ("gradient norm", norm)):
-            if not x.isfinite(): raise FloatingPointError(f"step {self.step}: the {name} is {x.item()}; try a smaller learning rate than {self.config.lr:g}")
+            if not x.isfinite():
+                raise FloatingPointError(f"step {self.step}: the {name} is {x.item()}; try a learning rate below {self.config.lr:g}")
         self.optimizer.step()
         r = rollouts
-        return dict(reward=r.reward.mean().item(), success=(r.reward >= 1).float().mean().item(), loss=loss.item(), gradient_norm=norm.item(), lr=lr,
-                    entropy=(policy["entropy"].sum() / r.mask.sum().clamp(min=1)).item(), length=r.mask.sum(1).mean().item(),
-                    age=(self.step - r.version).float().mean().item(), **off_policyness(policy["logp"], r.logp_mu, r.mask), **scalars(stats))
+        means = dict(reward=r.reward.mean(), success=(r.reward >= 1).float().mean(), loss=loss, gradient_norm=norm,
+                     entropy=policy["entropy"].sum() / r.mask.sum().clamp(min=1), length=r.mask.sum(1).mean(),
+                     age=(self.step - r.version).float().mean())
+        return {name: x.item() for name, x in means.items()} | off_policyness(policy["logp"], r.logp_mu, r.mask) | scalars(stats)
 
     def evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         "Success of the policy on the held-out prompts, sampled and greedy, and its sampled answers to the first eight."
@@ -172,7 +174,8 @@ class Trainer:
         tensors = dict(model=weights(self.model), optimizer=optimizer_tensors(self.optimizer))
         if self.engine is not self.live: tensors["behaviour"] = weights(self.engine.model)
         if self.reference is not None: tensors["reference"] = weights(self.reference)
-        state = dict(version=self.engine.version, rng=rng_to_json(self.rng), generator=self.generator.get_state().tolist(), record=self.record)
+        state = dict(version=self.engine.version, rng=rng_to_json(self.rng), generator=self.generator.get_state().tolist(),
+                     record=self.record)
         save_checkpoint(folder, self.step, tensors, state)
 
     def restore(self, path: Path) -> None:
@@ -183,14 +186,16 @@ class Trainer:
         set_optimizer_tensors(self.optimizer, tensors["optimizer"])
         if "behaviour" in tensors: set_weights(self.engine.model, tensors["behaviour"])
         if "reference" in tensors: set_weights(self.reference, tensors["reference"])
-        self.engine.version, self.rng, self.step, self.record = state["version"], rng_from_json(state["rng"]), state["step"], state["record"]
+        self.engine.version, self.step, self.record = state["version"], state["step"], state["record"]
+        self.rng = rng_from_json(state["rng"])
         self.generator.set_state(torch.tensor(state["generator"], dtype=torch.uint8))
 
-# %% ../../nbs/llm/train.ipynb #39b8a983
+# %% ../../nbs/llm/train.ipynb #9532aebe
 def same_config(mine: dict, other: dict, where: Path | str) -> None:
     "Raise ValueError where two configurations differ."
     differ = [f"{k}={other.get(k)!r} there, {mine.get(k)!r} here" for k in mine.keys() | other.keys() if mine.get(k) != other.get(k)]
-    if differ: raise ValueError(f"{where} belongs to another configuration ({'; '.join(sorted(differ))}): choose another folder or start afresh")
+    if differ:
+        raise ValueError(f"{where} belongs to another configuration ({'; '.join(sorted(differ))}): choose another folder or start afresh")
 
 
 def finished(config: TrainConfig) -> dict[str, Any] | None:
@@ -218,10 +223,12 @@ def save_pretrained(trainer: Trainer, folder: Path) -> None:
     finally: shutil.rmtree(making, ignore_errors=True)
 
 
-def train(config: TrainConfig, progress: Callable[[int, dict[str, float]], None] | None = None, command: str | None = None, afresh: bool = False) -> dict[str, Any]:
+def train(config: TrainConfig, progress: Callable[[int, dict[str, float]], None] | None = None, command: str | None = None,
+          afresh: bool = False) -> dict[str, Any]:
     """Run `config` from the start, or from its own checkpoint (`afresh` ignores it), and return the run's record.
 
-    `progress` is called with the step and its metrics. Raises ValueError for what cannot run, FloatingPointError where the loss stops being a number, OSError where `out` cannot be written."""
+    `progress` is called with the step and its metrics. Raises ValueError for what cannot run, FloatingPointError where the loss stops
+    being a number, OSError where `out` cannot be written."""
     resolve(config)
     if config.out is not None: _writable(Path(config.out))
     trainer = Trainer(config, command)
@@ -230,7 +237,8 @@ def train(config: TrainConfig, progress: Callable[[int, dict[str, float]], None]
     if trainer.step == 0: trainer.log_evaluation()
     while trainer.step < config.steps:
         row = trainer.advance()
-        if config.save_every and trainer.step % config.save_every == 0 and trainer.step < config.steps: trainer.save(checkpoint_folder(config))
+        due = config.save_every and trainer.step % config.save_every == 0 and trainer.step < config.steps
+        if due: trainer.save(checkpoint_folder(config))
         if progress is not None: progress(trainer.step, row)
     if config.out is not None:
         if config.save_model: save_pretrained(trainer, Path(config.out) / f"{run_name(config)}.model")

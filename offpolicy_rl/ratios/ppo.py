@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['Clip', 'ppo', 'grpo', 'dr_grpo', 'clipped_surrogate', 'clip_fraction', 'ppo_loss', 'dual_clip_ppo_loss']
 
-# %% ../../nbs/ratios/ppo.ipynb #13fd1be6
+# %% ../../nbs/ratios/ppo.ipynb #ca05c823
 import functools
 import math
 from typing import Annotated
@@ -16,13 +16,14 @@ from ..core import (Advantage, Aggregate, PerToken, Range, Stats, TokenMask, bou
 from .importance import log_ratio
 from ..recipes import Recipe
 
-# %% ../../nbs/ratios/ppo.ipynb #0f1d73fd
+# %% ../../nbs/ratios/ppo.ipynb #9f7b528a
 Clip = Annotated[float, Range(0.01, 1.0, log=True, limits=(0, math.inf))]
 
 def clipped_surrogate(ratio: PerToken, adv: PerToken, eps_low: float, eps_high: float) -> PerToken:
     "min(r A, clip(r, 1 - eps_low, 1 + eps_high) A): what PPO maximises, token by token."
     return torch.minimum(ratio * adv, ratio.clamp(1 - eps_low, 1 + eps_high) * adv)
 
+# %% ../../nbs/ratios/ppo.ipynb #6a2714c9
 def clip_fraction(ratio: PerToken, adv: PerToken, mask: TokenMask, eps_low: float, eps_high: float) -> torch.Tensor:
     "Share of the tokens whose gradient the clip stops."
     stopped = ((adv > 0) & (ratio > 1 + eps_high)) | ((adv < 0) & (ratio < 1 - eps_low))
@@ -31,25 +32,27 @@ def clip_fraction(ratio: PerToken, adv: PerToken, mask: TokenMask, eps_low: floa
 @method(family="ratios", paper="arXiv:1707.06347")
 def ppo_loss(logp: PerToken, logp_old: PerToken, adv: Advantage, mask: TokenMask, *, eps_low: Clip = 0.2, eps_high: Clip = 0.2,
              aggregate: Aggregate = token_mean) -> tuple[torch.Tensor, Stats]:
-    "PPO-clip: follow the ratio-weighted advantage until the ratio has left [1 - eps_low, 1 + eps_high] in the direction that it is pushed, then stop."
+    "PPO-clip: follow the ratio-weighted advantage until the ratio has left [1 - eps_low, 1 + eps_high] the way it is pushed, then stop."
     ratio, adv = bounded_exp(log_ratio(logp, logp_old, mask)), per_token(adv, mask)
     loss = aggregate(-clipped_surrogate(ratio, adv, eps_low, eps_high), mask)
     return loss, dict(clip_fraction=clip_fraction(ratio.detach(), adv, mask, eps_low, eps_high))
 
-# %% ../../nbs/ratios/ppo.ipynb #fe2b8150
+# %% ../../nbs/ratios/ppo.ipynb #ec8f1a01
 @method(family="ratios", paper="arXiv:1912.09729")
 def dual_clip_ppo_loss(logp: PerToken, logp_old: PerToken, adv: Advantage, mask: TokenMask, *, eps_low: Clip = 0.2, eps_high: Clip = 0.2,
-                       dual_clip: Annotated[float, Range(1.5, 10, log=True, limits=(1, math.inf))] = 3.0, aggregate: Aggregate = token_mean) -> tuple[torch.Tensor, Stats]:
+                       dual_clip: Annotated[float, Range(1.5, 10, log=True, limits=(1, math.inf))] = 3.0,
+                       aggregate: Aggregate = token_mean) -> tuple[torch.Tensor, Stats]:
     "PPO-clip that also stops for a bad token once its ratio exceeds `dual_clip`, where the plain loss would push without bound."
     ratio, adv = bounded_exp(log_ratio(logp, logp_old, mask)), per_token(adv, mask)
     surrogate = clipped_surrogate(ratio, adv, eps_low, eps_high)
     surrogate = torch.where(adv < 0, torch.maximum(surrogate, dual_clip * adv), surrogate)
-    stopped = clip_fraction(ratio.detach(), adv, mask, eps_low, eps_high) + token_mean(((adv < 0) & (ratio > dual_clip)).to(adv.dtype), mask)
-    return aggregate(-surrogate, mask), dict(clip_fraction=stopped)
+    beyond = token_mean(((adv < 0) & (ratio > dual_clip)).to(adv.dtype), mask)
+    return aggregate(-surrogate, mask), dict(clip_fraction=clip_fraction(ratio.detach(), adv, mask, eps_low, eps_high) + beyond)
 
-# %% ../../nbs/ratios/ppo.ipynb #a1392166
-ppo = Recipe("ppo", advantage=grpo_advantage, loss=ppo_loss, paper="arXiv:1707.06347", note="PPO-clip, token mean, with the group-relative advantage in place of a critic")
+# %% ../../nbs/ratios/ppo.ipynb #49e38058
+ppo = Recipe("ppo", advantage=grpo_advantage, loss=ppo_loss, paper="arXiv:1707.06347",
+             note="PPO-clip, token mean, with the group-relative advantage in place of a critic")
 grpo = Recipe("grpo", advantage=grpo_advantage, loss=functools.partial(ppo_loss, aggregate=seq_mean_token_mean), paper="arXiv:2402.03300",
               note="PPO-clip with the group-relative advantage; each response counts once, whatever its length")
 dr_grpo = Recipe("dr_grpo", advantage=dr_grpo_advantage, loss=functools.partial(ppo_loss, aggregate=seq_mean_token_sum), paper="arXiv:2503.20783",
-                 note="no standard deviation, no division by the response's length; the paper's constant L_max is left to the learning rate")
+                 note="no standard deviation, no division by the response's length; the constant L_max is left to the learning rate")

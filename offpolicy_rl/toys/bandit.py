@@ -3,13 +3,13 @@
 # %% auto #0
 __all__ = ['Bandit']
 
-# %% ../../nbs/toys/bandit.ipynb #d469c756
+# %% ../../nbs/toys/bandit.ipynb #102e297a
 import torch
 from torch import Tensor
 
-from .toy import Network, Tabular, Toy
+from .toy import Toy, policy_of
 
-# %% ../../nbs/toys/bandit.ipynb #30e80d23
+# %% ../../nbs/toys/bandit.ipynb #1cb22c8f
 def Bandit(reward: Tensor | list | None = None, *, arms: int = 4, contexts: int = 1, noise: float = 0.0, hidden: int | None = None,
            seed: int = 0, scale: float = 0.0) -> Toy:
     """A contextual bandit.
@@ -18,16 +18,17 @@ def Bandit(reward: Tensor | list | None = None, *, arms: int = 4, contexts: int 
     coin between -noise and +noise.
     hidden: None for one logit an arm and context, else the width of a network shared by the contexts. scale: spread of the policy's first logits (0:
     uniform). On-policy at first: mu and ref are the policy."""
+    if contexts < 1 or arms < 2: raise ValueError(f"expected contexts >= 1 and arms >= 2, got contexts={contexts}, arms={arms}")
     generator = torch.Generator().manual_seed(seed)
     means = torch.randn(contexts, arms, generator=generator, dtype=torch.float64) if reward is None else torch.as_tensor(reward, dtype=torch.float64)
     means = means[None] if means.ndim == 1 else means
-    if means.ndim != 2 or means.shape[1] < 2:
+    if means.ndim != 2 or means.shape[0] < 1 or means.shape[1] < 2:
         raise ValueError(f"reward: expected (arms,) or (contexts, arms) with at least two arms, got shape {tuple(means.shape)}")
-    if noise < 0: raise ValueError(f"noise: expected a standard deviation of 0 or more, got {noise}")
+    if not noise >= 0: raise ValueError(f"noise: expected a standard deviation of 0 or more, got {noise}")
     contexts, arms = means.shape
     draws = torch.tensor([-noise, noise] if noise else [0.0], dtype=torch.float64)
     prompt, token, draw = (x.flatten() for x in torch.meshgrid(torch.arange(contexts), torch.arange(arms), torch.arange(len(draws)), indexing="ij"))
-    policy = Tabular(contexts, arms) if hidden is None else Network(contexts, arms, hidden)
+    policy = policy_of(contexts, arms, hidden)
     theta = policy.init(seed, scale if hidden is None else 1.0)
     table = policy.table(theta)
     return Toy(token=token[:, None], node=prompt[:, None], mask=torch.ones(len(token), 1, dtype=torch.float64), prompt=prompt,

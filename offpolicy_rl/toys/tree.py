@@ -3,15 +3,15 @@
 # %% auto #0
 __all__ = ['sequences', 'TokenTree', 'ChecksumTree']
 
-# %% ../../nbs/toys/tree.ipynb #402bde83
+# %% ../../nbs/toys/tree.ipynb #44b7b747
 import itertools
 from collections.abc import Callable
 
 import torch
 
-from .toy import Network, Tabular, Toy
+from .toy import Toy, policy_of
 
-# %% ../../nbs/toys/tree.ipynb #efaa72d0
+# %% ../../nbs/toys/tree.ipynb #7b3a9330
 def sequences(vocab: int, length: int, end_token: bool) -> list[tuple[int, ...]]:
     "All sequences of the tree: of exactly `length` tokens, or shorter where the end token (vocab - 1) closes them."
     if not end_token: return list(itertools.product(range(vocab), repeat=length))
@@ -38,7 +38,7 @@ def TokenTree(vocab: int = 3, length: int = 3, *, prompts: int = 1, end_token: b
     mask = torch.tensor([pad([1] * len(y)) for _, y in rows], dtype=torch.float64)
     gains = torch.randn(len(rows), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     if reward is not None: gains = torch.tensor([float(reward(x, y)) for x, y in rows], dtype=torch.float64)
-    policy = Tabular(len(nodes), vocab) if hidden is None else Network(len(nodes), vocab, hidden)
+    policy = policy_of(len(nodes), vocab, hidden)
     theta = policy.init(seed + 1, scale)
     table = policy.table(theta)
     return Toy(token=token, node=node, mask=mask, prompt=torch.tensor([x for x, _ in rows]),
