@@ -20,7 +20,7 @@ PYTEST_ARGS ?=
 LAB_ARGS ?= $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lab docs notebooks env system clean
+.PHONY: help run test lab docs records notebooks env system clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -37,6 +37,12 @@ lab: $(VENV)/.lab  ## explore in JupyterLab
 
 docs: $(VENV)/.docs  ## build the site into _docs (opens from file:// too)
 	$(BIN)/python docs/build.py
+
+# The recorded runs that the notebooks show: finished ones are kept, so an interrupted `make records` goes on where it was.
+RECORD := $(BIN)/offpolicy compare --task sort --seeds 0 1 2 --eval-every 20 --window 10 --out records/sort
+records: $(VENV)/.llm  ## make the recorded runs of the notebooks anew where they are missing (about 15 minutes on two cores)
+	$(RECORD) --recipes reinforce ppo topr --staleness 1 8 32 offline
+	$(RECORD) --recipes grpo dr_grpo rloo --staleness 1 32
 
 notebooks: env  ## export the package, run all notebooks and save their outputs, clean them, write README.md
 	scripts/notebooks

@@ -26,7 +26,7 @@ from offpolicy_rl.llm.config import TrainConfig, resolve
 from offpolicy_rl.llm.engine import HFEngine, draw_token, token_entropy, token_logps
 from offpolicy_rl.llm.metrics import effective_fraction, off_policyness
 from offpolicy_rl.llm.model import encode, load
-from offpolicy_rl.llm.record import add_step, new_record, read_record, read_records, write_record
+from offpolicy_rl.llm.record import add_step, new_record, read_record, read_records, thinned, write_record
 from offpolicy_rl.llm.report import page, step_curve
 from offpolicy_rl.llm.tasks import Countdown, Sort, draw, expression_value, held_out, register, solutions, task, tasks
 from offpolicy_rl.llm.train import Trainer, train
@@ -300,7 +300,7 @@ def test_what_a_recipe_names_is_made_and_nothing_else(monkeypatch):
     (dict(recipe="nonesuch"), "expected one of .*topr.*got 'nonesuch'"), (dict(knobs={"neg_cap": -1.0}), "neg_cap: expected a number in"),
     (dict(knobs={"nonesuch": 1}), "topr has no knob 'nonesuch'; it has .*neg_cap"), (dict(steps=0), "steps: expected a number of at least 1, got 0"),
     (dict(staleness="never"), "staleness: expected a number of at least 1 or offline, got 'never'"), (dict(lr=math.nan), "lr: expected a positive number"),
-    (dict(old="older"), "old: expected one of behaviour, proximal, got 'older'"), (dict(save_every=5), "save_every: checkpoints need a folder")])
+    (dict(old="older"), "old: expected one of behaviour, proximal, got 'older'")])
 def test_what_cannot_run_is_said_before_it_runs(wrong, message):
     with pytest.raises(ValueError, match=message): resolve(TrainConfig(**wrong))
 
@@ -353,7 +353,10 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path):
     assert run("killed", 7).returncode == -signal.SIGKILL
     name = "sort-topr-k3-s0"
     # step 4 is the second of three on one snapshot: the behaviour policy is older than the policy
-    assert os.listdir(tmp_path / "killed") == [f"{name}.checkpoints"] and os.listdir(tmp_path / "killed" / f"{name}.checkpoints") == ["step-000004"]
+    assert sorted(os.listdir(tmp_path / "killed")) == [f"{name}.checkpoints", f"{name}.json"]
+    assert os.listdir(tmp_path / "killed" / f"{name}.checkpoints") == ["step-000004"]
+    so_far = read_record(tmp_path / "killed" / f"{name}.json")      # written at the evaluation after step 5
+    assert so_far["updates"] == 5 and [e["step"] for e in so_far["evaluations"]] == [0, 5]
     for folder in ("killed", "whole"):
         done = run(folder, -1)
         assert done.returncode == 0, done.stderr
@@ -364,6 +367,13 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path):
     for key in ("evaluations", "samples", "config", "recipe"): assert killed[key] == whole[key]
     for name in killed["steps"].keys() | whole["steps"].keys():
         if not name.endswith("seconds"): assert killed["steps"][name] == whole["steps"][name]
+
+
+def test_a_thinned_record_keeps_the_means():
+    record = dict(new_record({}, {}), updates=5, steps={"reward": [1.0, 3.0, None, 5.0, 7.0], "clip": [None, None, 2.0, 2.0, None]})
+    assert thinned(record, 1) == record
+    assert thinned(record, 2) == {**record, "window": 2, "steps": {"reward": [2.0, 5.0, 7.0], "clip": [None, 2.0, None]}}
+    assert step_curve(thinned(record, 2), "reward")[0] == [1.0, 3.0, 5.0]
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):

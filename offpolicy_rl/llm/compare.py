@@ -11,7 +11,6 @@ import os
 import queue
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -60,7 +59,7 @@ def compare(configs: Sequence[TrainConfig], jobs: int | None = None, command: st
         if config.out is None: raise ValueError("out: a comparison needs a folder for its records")
     paths = [record_path(c) for c in configs]
     if len(set(paths)) < len(paths): raise ValueError("configs: two runs have the same recipe, task, staleness and seed")
-    waiting = [replace(c, save_every=c.save_every or 100) for c in configs if afresh or finished(c) is None]
+    waiting = [c for c in configs if afresh or finished(c) is None]
     if not waiting: return paths
     jobs = jobs or (1 if any(c.device != "cpu" for c in waiting) else cores())
     context = multiprocessing.get_context("spawn")

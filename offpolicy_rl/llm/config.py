@@ -54,11 +54,12 @@ class TrainConfig:
     engine_dtype: str | None = None    # of the sampling weights; None: the same
     threads: int | None = None         # of torch; None: as it is
     out: str | None = None             # folder of the record and the checkpoints; None: nothing is written
-    save_every: int = 0                # updates between two checkpoints; 0: none
+    save_every: int = 100              # updates between two checkpoints in `out`; 0: none
+    window: int = 1                    # updates whose metrics are averaged into one value of the final record
     save_model: bool = False           # keep the trained model in Hugging Face format
 
     def __post_init__(self):
-        for name in ("steps", "prompts_per_step", "group_size", "eval_every", "eval_prompts"): _at_least(self, name, 1)
+        for name in ("steps", "prompts_per_step", "group_size", "eval_every", "eval_prompts", "window"): _at_least(self, name, 1)
         for name in ("warmup", "save_every", "weight_decay"): _at_least(self, name, 0)
         for name in ("max_tokens", "micro_batch", "threads"):
             if getattr(self, name) is not None: _at_least(self, name, 1)
@@ -69,7 +70,6 @@ class TrainConfig:
         _one_of(self, "aggregate", (None, *AGGREGATES))
         _one_of(self, "dtype", DTYPES)
         _one_of(self, "engine_dtype", (None, *DTYPES))
-        if self.save_every and self.out is None: raise ValueError("save_every: checkpoints need a folder, but out is None")
         _check_device(self.device)
 
 
@@ -122,7 +122,7 @@ def _with_aggregate(recipe: Recipe, name: str, length: int) -> Recipe:
     return recipe.with_knobs(**{f"{part}.aggregate": mean for part in parts})
 
 # %% ../../nbs/llm/config.ipynb #be84c9bc
-ELSEWHERE = ("out", "save_every", "save_model")
+ELSEWHERE = ("out", "save_every", "save_model", "window")
 
 
 def config_facts(config: TrainConfig) -> dict[str, Any]:

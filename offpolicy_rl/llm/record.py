@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'rounded', 'write_atomically', 'cpu_model', 'cores', 'machine', 'versions', 'git_commit', 'new_record',
-           'add_step', 'write_record', 'read_record', 'read_records']
+           'add_step', 'thinned', 'write_record', 'read_record', 'read_records']
 
 # %% ../../nbs/llm/record.ipynb #e36d5a8e
 import datetime
@@ -92,7 +92,7 @@ def new_record(config: dict[str, Any], recipe: dict[str, Any], command: str | No
     "A record with all that is known before the first step."
     now = datetime.datetime.now(datetime.UTC).replace(microsecond=0).isoformat()
     return dict(format=FORMAT, config=config, recipe=recipe, command=command, date=now, commit=git_commit(), machine=machine(),
-                versions=versions(), updates=0, steps={}, evaluations=[], samples=[], seconds=0.0)
+                versions=versions(), updates=0, window=1, steps={}, evaluations=[], samples=[], seconds=0.0)
 
 
 def add_step(record: dict[str, Any], row: dict[str, float]) -> None:
@@ -100,6 +100,16 @@ def add_step(record: dict[str, Any], row: dict[str, float]) -> None:
     for name in row.keys() - record["steps"].keys(): record["steps"][name] = [None] * record["updates"]
     for name, column in record["steps"].items(): column.append(rounded(row.get(name)))
     record["updates"] += 1
+
+
+def thinned(record: dict[str, Any], window: int) -> dict[str, Any]:
+    "The record with every `window` updates' metrics averaged into one value: a tenth of the size, and what a figure shows."
+    if window == 1: return record
+
+    def means(column: list[float | None]) -> list[float | None]:
+        parts = [[x for x in column[i:i + window] if x is not None] for i in range(0, len(column), window)]
+        return [sum(part) / len(part) if part else None for part in parts]
+    return {**record, "window": window, "steps": {name: means(column) for name, column in record["steps"].items()}}
 
 
 def write_record(path: Path | str, record: dict[str, Any]) -> None:

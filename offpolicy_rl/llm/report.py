@@ -84,10 +84,10 @@ def evaluation_curve(record: Record, name: str) -> Curve:
 
 def step_curve(record: Record, name: str, points: int = 100) -> Curve:
     "A metric of one run, averaged over windows of steps."
-    column = record["steps"].get(name, [])
+    column, each = record["steps"].get(name, []), record["window"]
     width = -(-len(column) // points) or 1
     windows = [[x for x in column[i:i + width] if x is not None] for i in range(0, len(column), width)]
-    filled = [(i * width + width / 2, statistics.fmean(w)) for i, w in enumerate(windows) if w]
+    filled = [((i + 0.5) * width * each, statistics.fmean(w)) for i, w in enumerate(windows) if w]
     return [x for x, _ in filled], [y for _, y in filled]
 
 

@@ -25,7 +25,7 @@ from .config import TrainConfig, config_facts, recipe_facts, record_path, resolv
 from .engine import HFEngine, Rollouts, token_entropy, token_logps
 from .metrics import off_policyness, scalars
 from .model import load
-from .record import add_step, new_record, read_record, rounded, write_record
+from .record import add_step, new_record, read_record, rounded, thinned, write_record
 from .tasks import draw
 
 # %% ../../nbs/llm/train.ipynb #9df502d4
@@ -204,7 +204,7 @@ def finished(config: TrainConfig) -> dict[str, Any] | None:
     if path is None or not path.exists(): return None
     record = read_record(path)
     same_config(config_facts(config), record["config"], path)
-    return record
+    return record if record["updates"] >= config.steps else None
 
 
 def checkpoint_folder(config: TrainConfig) -> Path:
@@ -237,14 +237,20 @@ def train(config: TrainConfig, progress: Callable[[int, dict[str, float]], None]
     if trainer.step == 0: trainer.log_evaluation()
     while trainer.step < config.steps:
         row = trainer.advance()
-        due = config.save_every and trainer.step % config.save_every == 0 and trainer.step < config.steps
-        if due: trainer.save(checkpoint_folder(config))
+        if config.out is not None and trainer.step < config.steps: _keep(trainer)
         if progress is not None: progress(trainer.step, row)
     if config.out is not None:
         if config.save_model: save_pretrained(trainer, Path(config.out) / f"{run_name(config)}.model")
-        write_record(record_path(config), trainer.record)
+        write_record(record_path(config), thinned(trainer.record, config.window))
         shutil.rmtree(checkpoint_folder(config), ignore_errors=True)
     return rounded(trainer.record)
+
+
+def _keep(trainer: Trainer) -> None:
+    "A checkpoint and the record so far, each when its time has come."
+    config, step = trainer.config, trainer.step
+    if config.save_every and step % config.save_every == 0: trainer.save(checkpoint_folder(config))
+    if step % config.eval_every == 0: write_record(record_path(config), trainer.record)
 
 
 def _writable(folder: Path) -> None:

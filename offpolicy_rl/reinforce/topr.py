@@ -16,7 +16,7 @@ from ..core import (Advantage, Aggregate, PerToken, Range, Stats, TokenMask, bou
 from ..ratios.importance import log_ratio
 from ..recipes import Recipe
 
-# %% ../../nbs/reinforce/topr.ipynb #750461f1
+# %% ../../nbs/reinforce/topr.ipynb #b01a92a4
 Cap = Annotated[float, Range(0.1, 10, log=True, limits=(0, math.inf))]
 
 def response_log_ratio(logp: PerToken, logp_mu: PerToken, mask: TokenMask) -> PerToken:
@@ -27,12 +27,14 @@ def is_good(adv: Advantage, mask: TokenMask) -> torch.Tensor:
     "True (b, 1) where a response's mean advantage is at least 0."
     return per_sequence(adv, mask)[:, None] >= 0
 
-def tapered(ratio: PerToken, adv: Advantage, mask: TokenMask, *, good: tuple[float, float] = (1.0, 1.0), bad: tuple[float, float] = (0.0, 1.0)) -> PerToken:
+def tapered(ratio: PerToken, adv: Advantage, mask: TokenMask, *, good: tuple[float, float] = (1.0, 1.0),
+            bad: tuple[float, float] = (0.0, 1.0)) -> PerToken:
     "The ratio held within one interval for good responses and within another for bad ones; 0 on padding."
     return torch.where(is_good(adv, mask), ratio.clamp(*good), ratio.clamp(*bad)) * mask
 
-def weighted_reinforce(weight: PerToken, logp: PerToken, adv: Advantage, mask: TokenMask, aggregate: Aggregate) -> tuple[torch.Tensor, Stats]:
-    "REINFORCE with a detached weight on each token, and the mean weight that the bad responses' tokens have left (0 where there are none)."
+def weighted_reinforce(weight: PerToken, logp: PerToken, adv: Advantage, mask: TokenMask, aggregate: Aggregate,
+                       ) -> tuple[torch.Tensor, Stats]:
+    "REINFORCE with a detached weight on each token; and the mean weight left to the tokens of bad responses (0 where there are none)."
     weight = weight.detach()
     return aggregate(-weight * per_token(adv, mask) * logp, mask), dict(negative_weight=token_mean(weight, mask * ~is_good(adv, mask)))
 
@@ -43,19 +45,19 @@ def topr_loss(logp: PerToken, logp_mu: PerToken, adv: Advantage, mask: TokenMask
     ratio = bounded_exp(response_log_ratio(logp, logp_mu, mask))
     return weighted_reinforce(tapered(ratio, adv, mask, bad=(0, neg_cap)), logp, adv, mask, aggregate)
 
-# %% ../../nbs/reinforce/topr.ipynb #2d7f7cd9
+# %% ../../nbs/reinforce/topr.ipynb #9a2fdcec
 Bound = Annotated[float, Range(0, 10, limits=(0, math.inf))]
 
 @method(family="reinforce", system=7, paper="arXiv:2503.14286, the general family")
-def tapered_is_loss(logp: PerToken, logp_mu: PerToken, adv: Advantage, mask: TokenMask, *, pos_low: Bound = 1.0, pos_high: Bound = 1.0, neg_low: Bound = 0.0,
-                    neg_high: Bound = 1.0, aggregate: Aggregate = seq_mean_token_mean) -> tuple[torch.Tensor, Stats]:
+def tapered_is_loss(logp: PerToken, logp_mu: PerToken, adv: Advantage, mask: TokenMask, *, pos_low: Bound = 1.0, pos_high: Bound = 1.0,
+                    neg_low: Bound = 0.0, neg_high: Bound = 1.0, aggregate: Aggregate = seq_mean_token_mean) -> tuple[torch.Tensor, Stats]:
     "REINFORCE with the response's ratio held within [pos_low, pos_high] for good responses and within [neg_low, neg_high] for bad ones."
     for name, low, high in (("pos_low", pos_low, pos_high), ("neg_low", neg_low, neg_high)):
         if low > high: raise ValueError(f"{name}: expected at most {name[:3]}_high={high}, got {low}")
     ratio = bounded_exp(response_log_ratio(logp, logp_mu, mask))
     return weighted_reinforce(tapered(ratio, adv, mask, good=(pos_low, pos_high), bad=(neg_low, neg_high)), logp, adv, mask, aggregate)
 
-# %% ../../nbs/reinforce/topr.ipynb #0b725467
+# %% ../../nbs/reinforce/topr.ipynb #2277fbf5
 @method(family="reinforce", system=7, paper="arXiv:2503.14286, as in verl")
 def topr_length_normalised_loss(logp: PerToken, logp_mu: PerToken, adv: Advantage, mask: TokenMask, *, neg_cap: Cap = 1.0,
                                 aggregate: Aggregate = seq_mean_token_mean) -> tuple[torch.Tensor, Stats]:
@@ -70,5 +72,6 @@ def topr_token_loss(logp: PerToken, logp_mu: PerToken, adv: Advantage, mask: Tok
     ratio = bounded_exp(log_ratio(logp, logp_mu, mask).detach())
     return weighted_reinforce(tapered(ratio, adv, mask, bad=(0, neg_cap)), logp, adv, mask, aggregate)
 
-# %% ../../nbs/reinforce/topr.ipynb #88a1cf39
-topr = Recipe("topr", advantage=grpo_advantage, loss=topr_loss, paper="arXiv:2503.14286", note="the paper's sequence-level ratio and length-divided loss")
+# %% ../../nbs/reinforce/topr.ipynb #4e17f92f
+topr = Recipe("topr", advantage=grpo_advantage, loss=topr_loss, paper="arXiv:2503.14286",
+              note="the paper's sequence-level ratio and length-divided loss")

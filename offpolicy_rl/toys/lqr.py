@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-# %% ../../nbs/toys/lqr.ipynb #fd0aef9a
+# %% ../../nbs/toys/lqr.ipynb #329b04cf
 def _matrix(name: str, x, shape: tuple[int, ...]) -> Tensor:
     made = torch.as_tensor(x, dtype=torch.float64)
     if made.shape != shape: raise ValueError(f"{name}: expected shape {shape}, got {tuple(made.shape)}")
@@ -92,12 +92,14 @@ class Regulator:
         reward to go less that value. All share one start distribution: one group."""
         if n < 1: raise ValueError(f"n: expected 1 or more, got {n}")
         normal = lambda size: torch.randn(n, size, generator=generator, dtype=torch.float64)
-        x, states, actions, costs = self.start_mean + normal(len(self.A)) @ _root(self.start_cov), [], [], []
+        x, shake, states, actions, costs = self.start_mean + normal(len(self.A)) @ _root(self.start_cov), _root(self.noise), [], [], []
         quadratic = lambda v, weight: torch.einsum("bi,ij,bj->b", v, weight, v)
         for k in self._gains(self.K_mu):
             u = -x @ k.T + self.sigma_mu * normal(len(self.R))
-            states.append(x); actions.append(u); costs.append(quadratic(x, self.Q) + quadratic(u, self.R))
-            x = x @ self.A.T + u @ self.B.T + normal(len(self.A)) @ _root(self.noise)
+            states.append(x)
+            actions.append(u)
+            costs.append(quadratic(x, self.Q) + quadratic(u, self.R))
+            x = x @ self.A.T + u @ self.B.T + normal(len(self.A)) @ shake
         costs[-1] = costs[-1] + quadratic(x, self.Q)
         state, action, reward_t = torch.stack(states, 1), torch.stack(actions, 1), -torch.stack(costs, 1)
         value, zeros = self.state_value(state), torch.zeros(n, dtype=torch.long)

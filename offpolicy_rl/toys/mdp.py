@@ -54,7 +54,7 @@ class MDP(Toy):
         for _ in range(self.horizon - 1): visits.append(visits[-1] @ moves * live)
         return torch.stack(visits)
 
-# %% ../../nbs/toys/mdp.ipynb #df16d355
+# %% ../../nbs/toys/mdp.ipynb #5a87fe1a
 Step = tuple[int, int, float]                    # state, action, reward
 Partial = tuple[tuple[Step, ...], int, float]    # what was done so far, the state reached, what the world added to its probability
 
@@ -118,8 +118,8 @@ def tabular_mdp(transition: Tensor, reward: Tensor, start: Tensor, horizon: int,
     policy = policy_of(states, actions, hidden)
     theta = policy.init(seed + 1, scale)
     table = policy.table(theta)
-    return MDP(token=column(1, torch.long), node=node, mask=mask, prompt=torch.tensor([starts.index(s) for s in node[:, 0].tolist()]), prompt_prob=start[starts],
-               chance=torch.tensor([p for _, _, p in rows], dtype=torch.float64), reward=reward_t.sum(-1), reward_t=reward_t, policy=policy, theta=theta,
+    return MDP(token=column(1, torch.long), node=node, mask=mask, prompt=torch.tensor([starts.index(s) for s in node[:, 0].tolist()]),
+               prompt_prob=start[starts], chance=torch.tensor([p for _, _, p in rows], dtype=torch.float64), reward=reward_t.sum(-1), reward_t=reward_t, policy=policy, theta=theta,
                mu=table, ref=table, transition=transition, step_reward=reward, start=start, terminal=over)
 
 # %% ../../nbs/toys/mdp.ipynb #d2d104c2
