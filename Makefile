@@ -16,7 +16,7 @@ STALENESS ?= 1 32
 TASK ?= sort
 SEEDS ?= 0 1
 OUT ?= runs/main
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= --numprocesses 2 --dist loadfile
 LAB_ARGS ?= $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core import Method, catalogue, seq_mean_token_sum
 from .coefficient import coefficient
 
-# %% ../../nbs/lab/atlas.ipynb #3ea86c33
+# %% ../../nbs/lab/atlas.ipynb #b6552a18
 FAR = 4.0                                     # nats: a ratio of 55, or of 1/55
 CORNERS = {"good, left behind": (-1, 1.0), "good, run ahead": (1, 1.0), "bad, left behind": (-1, -1.0), "bad, run ahead": (1, -1.0)}
 
@@ -61,8 +61,9 @@ class Atlas:
         scale = [[0, "#D55E00"], [0.5, "rgba(128,128,128,.08)"], [1, "#0072B2"]]
         for col in (0, 1):
             z = [[round(float(v), 3) for v in c.coefficient[:, col].clamp(-clip, clip)] for c in self.charts]
-            fig.add_trace(go.Heatmap(x=[round(float(s), 3) for s in self.log_ratio], y=[c.name for c in self.charts], z=z, zmin=-clip, zmax=clip, colorscale=scale,
-                                     showscale=col == 1, colorbar=dict(title=dict(text="c"), thickness=12),
+            x, names = [round(s, 3) for s in self.log_ratio.tolist()], [c.name for c in self.charts]
+            fig.add_trace(go.Heatmap(x=x, y=names, z=z, zmin=-clip, zmax=clip, colorscale=scale, showscale=col == 1,
+                                     colorbar=dict(title=dict(text="c"), thickness=12),
                                      hovertemplate="%{y}<br>s = %{x:.2f}<br>c = %{z:.3f}<extra></extra>"), 1, col + 1)
         fig.update_xaxes(title_text="log-ratio s, nats")
         fig.update_yaxes(autorange="reversed")
@@ -75,16 +76,15 @@ def _as_one_token(row: Method) -> Callable:
 def atlas(points: int = 61) -> Atlas:
     "Chart every loss and ratio of the catalogue with the paper's knobs: sorted by family of fates, the most cautious first."
     s = torch.linspace(-FAR, FAR, points, dtype=torch.float64)
-    half = {-1: points // 4, 1: points - 1 - points // 4}
+    half, end = {-1: points // 4, 1: points - 1 - points // 4}, {-1: 0, 1: points - 1}
     charts, without = [], {}
     for row in (r for r in catalogue() if r.kind in ("loss", "ratio")):
         try: c = coefficient(_as_one_token(row), s)
         except ValueError as error:
             without[row.name] = str(error).split(":")[0]
             continue
-        end = {-1: 0, 1: points - 1}
-        at = lambda where, adv: float(c[where, int(adv < 0)])
-        fates = {corner: fate(at(half[side], adv), at(end[side], adv), adv) for corner, (side, adv) in CORNERS.items()}
+        near, far = ({side: c[where].tolist() for side, where in points_at.items()} for points_at in (half, end))
+        fates = {corner: fate(near[side][adv < 0], far[side][adv < 0], adv) for corner, (side, adv) in CORNERS.items()}
         charts.append(Chart(row, c, fates))
     reach = lambda chart: float(chart.coefficient.abs().clamp(max=60).mean())
     return Atlas(s, tuple(sorted(charts, key=reach)), without)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import plotly.graph_objects as go
 import plotly.io as pio
 
-# %% ../../nbs/lab/figures.ipynb #ff0bec3d
+# %% ../../nbs/lab/figures.ipynb #1d80bc65
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D31", "#7F7F7F")
 OWN_COLOUR = {"reinforce": "#D55E00", "ppo": "#0072B2", "topr": "#009E73", "grpo": "#56B4E9", "dr_grpo": "#CC79A7", "rloo": "#8C6D31", "token": "#E69F00",
               "prefix": "#56B4E9", "sequence": "#7F7F7F", "exact": "#7F7F7F"}
@@ -25,7 +25,7 @@ def _template() -> go.layout.Template:
     axis = dict(gridcolor="rgba(128,128,128,.25)", zerolinecolor="rgba(128,128,128,.5)", linecolor="rgba(128,128,128,.5)", ticks="outside",
                 title=dict(standoff=8), automargin=True)
     return go.layout.Template(layout=dict(
-        font=dict(family="system-ui, sans-serif", size=13, color="#666"), colorway=list(PALETTE), xaxis=axis, yaxis=axis,
+        font=dict(family="system-ui, sans-serif", size=13, color="#777"), colorway=list(PALETTE), xaxis=axis, yaxis=axis,
         paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
         title=dict(font=dict(size=15), x=0, xref="paper", xanchor="left"), margin=dict(l=60, r=20, t=60, b=50), height=380, hovermode="closest",
         legend=dict(orientation="h", y=-0.22, x=0)))
