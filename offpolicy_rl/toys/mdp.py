@@ -54,7 +54,7 @@ class MDP(Toy):
         for _ in range(self.horizon - 1): visits.append(visits[-1] @ moves * live)
         return torch.stack(visits)
 
-# %% ../../nbs/toys/mdp.ipynb #5a87fe1a
+# %% ../../nbs/toys/mdp.ipynb #b5e64e2f
 Step = tuple[int, int, float]                    # state, action, reward
 Partial = tuple[tuple[Step, ...], int, float]    # what was done so far, the state reached, what the world added to its probability
 
@@ -119,8 +119,9 @@ def tabular_mdp(transition: Tensor, reward: Tensor, start: Tensor, horizon: int,
     theta = policy.init(seed + 1, scale)
     table = policy.table(theta)
     return MDP(token=column(1, torch.long), node=node, mask=mask, prompt=torch.tensor([starts.index(s) for s in node[:, 0].tolist()]),
-               prompt_prob=start[starts], chance=torch.tensor([p for _, _, p in rows], dtype=torch.float64), reward=reward_t.sum(-1), reward_t=reward_t, policy=policy, theta=theta,
-               mu=table, ref=table, transition=transition, step_reward=reward, start=start, terminal=over)
+               prompt_prob=start[starts], chance=torch.tensor([p for _, _, p in rows], dtype=torch.float64),
+               reward=reward_t.sum(-1), reward_t=reward_t, policy=policy, theta=theta, mu=table, ref=table,
+               transition=transition, step_reward=reward, start=start, terminal=over)
 
 # %% ../../nbs/toys/mdp.ipynb #d2d104c2
 def _slip(slip: float) -> float:

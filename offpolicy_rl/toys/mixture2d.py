@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# %% ../../nbs/toys/mixture2d.ipynb #b3796c33
+# %% ../../nbs/toys/mixture2d.ipynb #5be53330
 @dataclass(frozen=True)
 class Mixture:
     "A Gaussian mixture in the plane, in float64: weight (k,) that sum to 1, mean (k, 2), covariance (k, 2, 2)."
@@ -68,7 +68,9 @@ def _level(t: float) -> None:
     if not 0 <= t <= 1: raise ValueError(f"t: expected a time from 0 (data) to 1 (noise), got {t}")
 
 def variance_preserving(t: float, beta_min: float = 0.1, beta_max: float = 20.0) -> tuple[float, float]:
-    r"(alpha, sigma) of the variance-preserving diffusion at t from 0 (data) to 1: $\alpha=e^{-\frac12\int_0^t\beta}$ with a linear $\beta$, $\alpha^2+\sigma^2=1$."
+    r"""(alpha, sigma) of the variance-preserving diffusion at t from 0 (data) to 1: $\alpha=e^{-\frac12\int_0^t\beta}$, $\alpha^2+\sigma^2=1$.
+
+    beta, the rate at which noise comes in, grows linearly from `beta_min` to `beta_max` (Song et al., arXiv:2011.13456)."""
     _level(t)
     log_alpha = -0.5 * (beta_min * t + 0.5 * (beta_max - beta_min) * t * t)
     return math.exp(log_alpha), math.sqrt(-math.expm1(2 * log_alpha))
