@@ -33,13 +33,13 @@ def _template() -> go.layout.Template:
 pio.templates["offpolicy"] = _template()
 pio.templates.default = "offpolicy"
 
-# %% ../../nbs/lab/figures.ipynb #89a5c95f
+# %% ../../nbs/lab/figures.ipynb #34ab36b8
 def _faded(hexcode: str, alpha: float) -> str:
     r, g, b = (int(hexcode[i:i + 2], 16) for i in (1, 3, 5))
     return f"rgba({r},{g},{b},{alpha})"
 
-def _short(values: Sequence[float], most: int = 101) -> list[float]:
-    "At most 101 values of five significant digits: a figure is looked at, and its numbers are saved in the notebook."
+def _short(values: Sequence[float], most: int = 65) -> list[float]:
+    "At most 65 values of five significant digits: a figure is looked at, and its numbers are saved in the notebook."
     keep = sorted({round(i * (len(values) - 1) / (most - 1)) for i in range(most)}) if len(values) > most else range(len(values))
     return [float(f"{float(values[i]):.5g}") for i in keep]
 

@@ -37,7 +37,7 @@ def provenance(runs: Sequence[Record]) -> str:
         ("machine", several(f"{r['machine']['cpu']}, {r['machine']['gpu'] or 'no GPU'}" for r in runs)), ("date", several(r["date"][:10] for r in runs)),
         ("seeds", several(r["config"]["seed"] for r in runs))])
 
-# %% ../../nbs/llm/curves.ipynb #27ae78af
+# %% ../../nbs/llm/curves.ipynb #0837d2ff
 QUANTITIES = {"sampled": "right answers, sampled", "greedy": "right answers, greedy", "entropy": "entropy, nats a token",
               "ess_sequence": "effective sample size", "gradient_norm": "gradient norm", "clip_fraction": "clipped tokens"}
 
@@ -51,11 +51,11 @@ def learning_figure(runs: Sequence[Record], *, quantity: str = "sampled", title:
     shown: set[str] = set()
     for col, recipes in enumerate(by_stale.values(), 1):
         for name, some in recipes.items():
-            curves = [evaluation_curve(r, quantity) if quantity in ("sampled", "greedy") else step_curve(r, quantity, 25) for r in some]
+            curves = [evaluation_curve(r, quantity) if quantity in ("sampled", "greedy") else step_curve(r, quantity, 20) for r in some]
             if not curves[0][0]: continue
             x, ys = curves[0][0], list(zip(*(y for _, y in curves)))
-            fig.add_trace(band(x, [min(y) for y in ys], [max(y) for y in ys], colour(name)), 1, col)
-            fig.add_trace(go.Scatter(x=x, y=[round(sum(y) / len(y), 5) for y in ys], name=name, legendgroup=name, showlegend=name not in shown,
+            fig.add_trace(band(x, [round(min(y), 4) for y in ys], [round(max(y), 4) for y in ys], colour(name)), 1, col)
+            fig.add_trace(go.Scatter(x=x, y=[round(sum(y) / len(y), 4) for y in ys], name=name, legendgroup=name, showlegend=name not in shown,
                                      line=dict(color=colour(name), width=2.5)), 1, col)
             shown.add(name)
     fig.update_xaxes(title_text="update")
