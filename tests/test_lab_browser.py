@@ -32,6 +32,15 @@ def capped_loss(logp, logp_mu, adv, mask, *, cap: Annotated[float, Range(0.1, 10
     return -seq_mean_token_sum(weight[:, None] * adv[:, None] * logp, mask), {}
 
 explore(capped_loss, toy="token tree", mu_age=8)"""
+RUN_CODE = """\
+import tempfile
+from offpolicy_rl.lab.run_explorer import explore_run
+from offpolicy_rl.llm.config import TrainConfig, record_path
+from offpolicy_rl.llm.train import train
+
+config = TrainConfig(recipe="topr", staleness=8, steps=8, prompts_per_step=2, group_size=4, eval_prompts=4, threads=1, keep_rollouts=4, out=tempfile.mkdtemp())
+train(config)
+explore_run(record_path(config), response=0)"""
 # The highest point of the method's own curve in the panel for good responses, as drawn: its cap.
 HIGHEST = """() => Math.max(...document.querySelector('.jp-OutputArea .js-plotly-plot').data.find(trace => trace.meta === 'capped_loss/1').y)"""
 
@@ -42,14 +51,16 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-@pytest.fixture
-def lab(tmp_path):
-    "A JupyterLab of its own, with a notebook of one cell; yields its address and token."
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    "A JupyterLab of its own, with two notebooks of one cell; yields its address and token."
+    tmp_path = tmp_path_factory.mktemp("lab")
     work = tmp_path / "work"
     work.mkdir()
-    cell = dict(cell_type="code", id="explore", metadata={}, source=CODE, outputs=[], execution_count=None)
     kernel = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
-    (work / "play.ipynb").write_text(json.dumps(dict(cells=[cell], metadata=kernel, nbformat=4, nbformat_minor=5)), encoding="utf-8")
+    for name, code in (("play", CODE), ("run", RUN_CODE)):
+        cell = dict(cell_type="code", id="explore", metadata={}, source=code, outputs=[], execution_count=None)
+        (work / f"{name}.ipynb").write_text(json.dumps(dict(cells=[cell], metadata=kernel, nbformat=4, nbformat_minor=5)), encoding="utf-8")
     folders = {f"JUPYTER_{name}_DIR": str(tmp_path / name) for name in ("CONFIG", "DATA", "RUNTIME")}
     folders |= {f"JUPYTERLAB_{name}_DIR": str(tmp_path / f"lab-{name}") for name in ("SETTINGS", "WORKSPACES")}
     env = {**os.environ, **folders, "IPYTHONDIR": str(tmp_path / "ipython"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -107,16 +118,36 @@ def watched(browser):
     assert not errors
 
 
-def test_slider_moves_the_figure_in_jupyterlab(lab, watched):
+def run_all(lab, watched, name: str):
+    "Open a notebook in JupyterLab and run it until its figure fills the cell."
     address, token = lab
     page = watched(address, address.replace("http", "ws"), width=1400, height=1100)
-    page.goto(f"{address}/lab/tree/play.ipynb?token={token}&reset")
+    page.goto(f"{address}/lab/tree/{name}.ipynb?token={token}&reset")
     page.wait_for_function("document.querySelector('#jp-main-statusbar')?.innerText.includes('Idle')", timeout=WAIT)
     page.click("text=Run >> nth=0")
     page.click('.lm-Menu-itemLabel:text-is("Run All Cells")')
     page.wait_for_selector(".jp-OutputArea .js-plotly-plot .main-svg", timeout=WAIT)
     page.wait_for_selector(".widget-slider", timeout=WAIT)
-    page.wait_for_function("document.querySelector('.js-plotly-plot')._fullLayout.width > 900", timeout=WAIT)  # it fills the cell
+    page.wait_for_function("document.querySelector('.js-plotly-plot')._fullLayout.width > 900", timeout=WAIT)
+    return page
+
+
+def test_response_and_rival_move_the_tokens_in_jupyterlab(lab, watched):
+    page = run_all(lab, watched, "run")
+    plot = "document.querySelector('.jp-OutputArea .js-plotly-plot')"
+    assert page.locator(".widget-html span[title*=coefficient]").count() > 0
+    before = page.locator(".widget-html-content:has(span[title])").inner_html()
+    page.locator(".widget-slider .noUi-handle").focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function(f"{plot}.layout.annotations[3].text.startsWith('response 1:')", timeout=WAIT)
+    assert page.locator(".widget-html-content:has(span[title])").inner_html() != before
+    page.locator(".widget-dropdown select").nth(2).select_option(label="reinforce")
+    page.wait_for_function(f"{plot}.data.some(t => t.meta === 'tokens/rival' && t.name === 'reinforce')", timeout=WAIT)
+    page.close()
+
+
+def test_slider_moves_the_figure_in_jupyterlab(lab, watched):
+    page = run_all(lab, watched, "play")
     assert page.evaluate(HIGHEST) == pytest.approx(2.0, rel=1e-4)
     own = page.locator(".js-plotly-plot .scatterlayer path.js-line").nth(3)  # three rivals are drawn below it
     before = own.get_attribute("d")

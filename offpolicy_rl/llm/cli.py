@@ -92,6 +92,7 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
     add(where, "engine_dtype", str, "of the sampling weights, e.g. bfloat16 for a real mismatch; the same by default", choices=DTYPES)
     add(where, "micro_batch", int, "responses in one forward pass; all by default")
     add(where, "save_every", int, "updates between two checkpoints; a killed run goes on from its last one")
+    add(where, "keep_rollouts", int, "updates between two batches that are kept beside the record, for explore_run; 0 keeps none")
     add(where, "window", int, "updates whose metrics are averaged into one value of the final record: 10 keeps a tenth")
     where.add_argument("--save-model", action="store_true", default=argparse.SUPPRESS, help="keep the trained model in Hugging Face format")
     where.add_argument("--afresh", action="store_true", help="start anew although there is a finished run or a checkpoint")

@@ -57,10 +57,12 @@ class TrainConfig:
     save_every: int = 100              # updates between two checkpoints in `out`; 0: none
     window: int = 1                    # updates whose metrics are averaged into one value of the final record
     save_model: bool = False           # keep the trained model in Hugging Face format
+    keep_rollouts: int = 0             # updates between two batches that are kept beside the record, for `explore_run`; 0: none
 
     def __post_init__(self):
         for name in ("steps", "prompts_per_step", "group_size", "eval_every", "eval_prompts", "window"): _at_least(self, name, 1)
-        for name in ("warmup", "save_every", "weight_decay"): _at_least(self, name, 0)
+        for name in ("warmup", "save_every", "weight_decay", "keep_rollouts"): _at_least(self, name, 0)
+        if self.keep_rollouts and self.out is None: raise ValueError("keep_rollouts: expected a folder `out` to write them to, got None")
         for name in ("max_tokens", "micro_batch", "threads"):
             if getattr(self, name) is not None: _at_least(self, name, 1)
         for name in ("lr", "grad_clip", "temperature"):
@@ -122,7 +124,7 @@ def _with_aggregate(recipe: Recipe, name: str, length: int) -> Recipe:
     return recipe.with_knobs(**{f"{part}.aggregate": mean for part in parts})
 
 # %% ../../nbs/llm/config.ipynb #be84c9bc
-ELSEWHERE = ("out", "save_every", "save_model", "window")
+ELSEWHERE = ("out", "save_every", "save_model", "keep_rollouts", "window")
 
 
 def config_facts(config: TrainConfig) -> dict[str, Any]:
