@@ -49,18 +49,18 @@ def check_columns(found: Iterable[str], where: Path | str = "the file") -> None:
             raise ValueError(f"{where}: column {column!r} is not a name of the format, likely {meant!r} is meant ({VOCABULARY[meant].meaning}): "
                              f"rename it, or leave it out; columns found: {', '.join(found)}")
 
-# %% ../../nbs/lab/rollouts.ipynb #912c8490
+# %% ../../nbs/lab/rollouts.ipynb #b9c060b9
 def _tensor(values: list, name: str, at: str) -> Tensor:
     "One row's numbers."
     try: x = torch.tensor(values, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError): x = None
+    except (TypeError, ValueError, RuntimeError, OverflowError): x = None
     if x is None or x.ndim != 1: raise ValueError(f"{at}: column {name!r}: expected a list of numbers, got {str(values)[:60]}")
     return x
 
 def _typed(x: Tensor, name: str, where: Path | str) -> Tensor:
     "A column in its own type of number."
-    number = COLUMNS[name].number
-    if number in ("int", "bool") and (x != x.round()).any(): raise ValueError(f"{where}: column {name!r}: expected whole numbers, got {x[x != x.round()][0].item()}")
+    number, odd = COLUMNS[name].number, (x != x.round()) | x.isinf()
+    if number in ("int", "bool") and odd.any(): raise ValueError(f"{where}: column {name!r}: expected whole numbers, got {x[odd][0].item()}")
     return x.long() if number == "int" else x.bool() if number == "bool" else x
 
 def batch_of(columns: Mapping[str, list], where: Path | str = "the file") -> dict[str, Tensor]:

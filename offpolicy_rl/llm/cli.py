@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'knob_flags', 'add_knobs', 'knob_values', 'staleness', 'build_parser', 'parse', 'config_values',
-           'run_train', 'run_compare', 'run_report', 'columns', 'run_list', 'main', 'one_line']
+           'run_train', 'run_compare', 'run_report', 'columns', 'run_list', 'run_diagnose', 'main', 'one_line']
 
 # %% ../../nbs/llm/cli.ipynb #ec0ca952
 import argparse
@@ -102,7 +102,7 @@ def build_parser(recipe: Recipe | None = None) -> argparse.ArgumentParser:
     "The parser of the `offpolicy` command; with a recipe, `train` has its knobs."
     parser = _Parser(prog="offpolicy", description="Off-policy reinforcement learning of language models: train with any recipe of the "
                                                    "catalogue, compare recipes under staleness, read the result.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,compare,report,list}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,compare,report,diagnose,list}")
     _train_parser(commands, recipe)
     _compare_parser(commands)
     report = commands.add_parser("report", help="make the report of a folder of records again",
@@ -113,6 +113,8 @@ def build_parser(recipe: Recipe | None = None) -> argparse.ArgumentParser:
                                   description="The catalogue by family; or the recipes, or all systems with what implements them.")
     listing.add_argument("--recipes", action="store_true", help="what --recipe takes")
     listing.add_argument("--systems", action="store_true", help="the published systems and the functions that implement each")
+    from offpolicy_rl.lab.diagnose import add_parser
+    add_parser(commands)
     return parser
 
 
@@ -222,7 +224,13 @@ def _name(fn: Any) -> str:
     return "-" if fn is None else getattr(getattr(fn, "func", fn), "__name__", str(fn))
 
 # %% ../../nbs/llm/cli.ipynb #69c78662
-COMMANDS = dict(train=run_train, compare=run_compare, report=run_report, list=run_list)
+def run_diagnose(args: argparse.Namespace, command: str) -> None:
+    "`offpolicy diagnose`."
+    from offpolicy_rl.lab.diagnose import run_diagnose as run
+    run(args, command)
+
+
+COMMANDS = dict(train=run_train, compare=run_compare, report=run_report, diagnose=run_diagnose, list=run_list)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
