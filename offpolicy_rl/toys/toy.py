@@ -62,7 +62,7 @@ def policy_of(nodes: int, vocab: int, hidden: int | None = None) -> Tabular | Ne
     if hidden is not None and hidden < 1: raise ValueError(f"hidden: expected None or a width of 1 or more, got {hidden}")
     return Tabular(nodes, vocab) if hidden is None else Network(nodes, vocab, hidden)
 
-# %% ../../nbs/toys/toy.ipynb #e8fd63bb
+# %% ../../nbs/toys/toy.ipynb #451b2811
 @dataclass(frozen=True)
 class Toy:
     """A list of outcomes (n of them, at most t tokens long), a policy and a behaviour, all in float64.
@@ -124,7 +124,9 @@ class Toy:
 
     def jacobian(self, theta: Tensor | None = None) -> Tensor:
         "The score (nodes, vocab, parameters): the gradient of every entry of the table."
-        return torch.func.jacrev(self.policy.table)(self.theta if theta is None else theta)
+# one pass a parameter, or one an entry of the table: whichever are fewer
+        jacobian = torch.func.jacfwd if self.policy.size < self.policy.nodes * self.policy.vocab else torch.func.jacrev
+        return jacobian(self.policy.table)(self.theta if theta is None else theta)
 
     def reward_to_go(self) -> Tensor:
         "Reward (n, t) that comes at each position or later."
