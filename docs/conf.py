@@ -38,16 +38,19 @@ html_theme_options = {
     "use_download_button": False,
     "use_fullscreen_button": False,
     "navbar_persistent": [],
+    "collapse_navbar": True,  # each page carries the links of its own family only: half the time to render 150 pages
+    "secondary_sidebar_items": {"**": ["page-toc"], "index": []},
     "pygments_dark_style": "github-dark",
     "article_header_start": ["toggle-primary-sidebar.html", "breadcrumbs.html"],
 }
 html_static_path = ["_static", str(Path(plotly.__file__).parent / "package_data" / "plotly.min.js")]
 html_favicon = "_static/favicon.svg"
 html_css_files = ["orl.css"]
-html_js_files = ["orl.js", "explorer.js"]
+html_js_files = ["orl.js", "explorer.js", "papers.js"]
 html_context = {"default_mode": "auto"}
 html_copy_source = html_show_sourcelink = False
 html_show_sphinx = False
+html_show_search_summary = False  # it would fetch the pages found, which no browser allows on file://
 
 
 def copy_mathjax(app, error):

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 import yaml
-from fastcore.nbio import NbCell, mk_cell, read_nb, write_nb
+from fastcore.nbio import NbCell, mk_cell, nb2str, read_nb
 from nbdev.processors import FilterDefaults, exec_show_docs, mv_exports
 
 FIGURE = "application/vnd.plotly.v1+json"
@@ -184,7 +184,7 @@ def page_cells(nb) -> tuple[dict, list]:
 
 
 def convert(source: Path, page: Path, out: Path, pages: dict[Path, Path], root: Path, git_url: str) -> dict:
-    "Writes the page of the notebook `source` to `out/page`; returns its front matter."
+    "Writes the page of the notebook `source` to `out/page`; returns its front matter and, as `anchors`, the definitions that have a heading of their own."
     nb = read_nb(source)
     show_definitions(nb)
     PageDefaults(execute=any(documented(cell) for cell in nb.cells))(nb)
@@ -195,7 +195,12 @@ def convert(source: Path, page: Path, out: Path, pages: dict[Path, Path], root: 
         if cell.cell_type == "markdown":
             cell.source = relink(cell.source, page, source, pages, root, git_url)
     nb.metadata = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
+    for i, cell in enumerate(nb.cells):
+        cell["id"] = f"c{i}"  # the same page for the same notebook
     target = out / page
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_nb(nb, target)
-    return meta
+    text = nb2str(nb)
+    if not target.exists() or target.read_text(encoding="utf-8") != text:  # Sphinx reads anew what is newer
+        target.write_text(text, encoding="utf-8")
+    headings = [found[1] for cell in nb.cells if cell.cell_type == "markdown" and (found := re.match(r"### `([\w.]+)`$", cell.source))]
+    return {**meta, "anchors": [slug(name) for name in headings]}

@@ -2,14 +2,28 @@
 
 import gc
 import os
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 # Two test processes share two cores: a second thread in each makes small tensors ten times slower, not faster.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    "The site, built once: `html` its folder, `work` what its builder keeps for the next build."
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, str(ROOT / "docs" / "build.py"), "--out", str(folder / "html"), "--work", str(folder / "work")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return SimpleNamespace(html=folder / "html", work=folder / "work")
 
 
 def pytest_sessionfinish():

@@ -68,8 +68,8 @@
       return slider(knob.name, knob.values.length, knob.start, at => number(knob.values[at]), moved).row;
     });
     if (!rows.length) rows.push(note('It has no knob to turn.'));
-    if (page.idle.length) rows.push(note(`Without effect here: ${page.idle.join(', ')}.`));
-    if (page.held.length) rows.push(note(`Not moved here: ${page.held.join(', ')}.`));
+    if (page.idle.length && !page.brief) rows.push(note(`Without effect here: ${page.idle.join(', ')}.`));
+    if (page.held.length && !page.brief) rows.push(note(`Not moved here: ${page.held.join(', ')}.`));
     return element('fieldset', {}, element('legend', {}, element('code', {}, page.name)), ...rows);
   };
 
@@ -78,6 +78,7 @@
     const level = slider(dial().label, dial().values.length, state.level, at => reading[dial().name](dial().values[at]),
       at => { state.level = at; changed(); });
     const turn = at => { state.dial = at; level.label(dial().label); level.show(); changed(); };
+    if (page.brief) return element('fieldset', {}, element('legend', {}, 'the data'), level.row, readout);
     const toys = choice('toy', page.toys, state.toy, at => { state.toy = at; changed(); });
     const dials = choice('μ differs by', ['age', 'temperature', 'random tokens', 'noise'], state.dial, turn);
     return element('fieldset', {}, element('legend', {}, 'the behaviour μ'), toys, dials, level.row, readout);
@@ -148,15 +149,17 @@
   const momentFigures = (page, tables, state, made) => {
     const sine = axis('sine of the angle to the gradient', {range: [-0.06, 1.06]});
     const range = decades(tables, state), tickvals = Array.from({length: range[1] - range[0] + 1}, (_, i) => range[0] + i);
-    const log = axis('in units of |gradient|²', {range, tickvals, ticktext: tickvals.map(v => number(10 ** v))});
+    const log = axis('in units of |gradient|²', {range: [range[0] - 0.3, range[1]], tickvals, ticktext: tickvals.map(v => number(10 ** v))});
     return [[dots(page, made.errors, made.errorTexts, 0), dotLayout(page, sine)],
       [dots(page, made.logs, made.variances, range[0]), dotLayout(page, log)]];
   };
 
+  // A page marked `brief` (the site's first one) shows the essence: knobs, the age of the data, three panels.
+  const columns = page => !('coefficient' in page.tables) ? [] : page.brief ? [1] : [0, 1];
   const titles = page => {
     const drawn = page.kind === 'advantage' ? ['Advantage of a correct answer', 'Advantage of a wrong answer']
       : ['Coefficient of a good response, A = 1', 'Coefficient of a bad response, A = −1'];
-    return [...('coefficient' in page.tables ? drawn : []), 'Direction error, exact', 'Variance, exact'];
+    return [...columns(page).map(column => drawn[column]), 'Direction error, exact', 'Variance, exact'];
   };
 
   const build = async host => {
@@ -165,17 +168,17 @@
     const state = {knobs: page.knobs.map(knob => knob.start), ...page.start};
     const readout = element('p', {className: 'orl-note'}), spoken = element('p', {className: 'orl-spoken'});
     spoken.setAttribute('aria-live', 'polite');
-    const panels = titles(page).map((title, i, all) => panel(title, i < all.length - 2 ? 240 : 90 + 34 * page.methods.length));
+    const panels = titles(page).map((title, i, all) => panel(title, !page.brief && i < all.length - 2 ? 240 : 90 + 34 * page.methods.length));
     let waiting = 0;
     const changed = () => { waiting ||= requestAnimationFrame(() => { waiting = 0; draw(); }); };
     const controls = [knobControls(page, state, changed), behaviourControls(page, state, changed, readout)];
     host.append(element('div', {className: 'orl-controls'}, ...controls), legend(page),
-      element('div', {className: 'orl-panels'}, ...panels.map(p => p.row)), spoken);
+      element('div', {className: page.brief ? 'orl-panels orl-brief' : 'orl-panels'}, ...panels.map(p => p.row)), spoken);
     if (page.missing) host.append(note(`No coefficient: ${page.missing}`));
     const Plotly = await window.orl.plotly();
     const draw = () => {
       const made = moments(page, tables, state);
-      const coefficients = panels.length > 2 ? [0, 1].map(column => [curves(page, tables, state, column), curveLayout(page, column)]) : [];
+      const coefficients = columns(page).map(column => [curves(page, tables, state, column), curveLayout(page, column)]);
       const told = page.methods.map((m, i) => `${m.name}: direction error ${made.errorTexts[i]}, variance ${made.variances[i]}`).join('; ');
       [...coefficients, ...momentFigures(page, tables, state, made)].forEach(([data, layout], i) => {
         const {plot, row} = panels[i];

@@ -36,6 +36,9 @@
   const themed = layout => {
     const own = layout.template ?? {};
     const {width, ...rest} = layout;
+    for (const [name, axis] of Object.entries(rest))
+      if (/^[xy]axis/.test(name) && axis.type === 'log' && axis.dtick === undefined && axis.tickvals === undefined) rest[name] = {...axis, dtick: 'D2'};
+    if (narrow() && rest.annotations) rest.annotations = rest.annotations.map(note => ({...note, font: {...note.font, size: 10}}));
     return {...rest, autosize: true, template: {...own, layout: merge(own.layout ?? {}, template(isDark()))}};
   };
 
