@@ -183,6 +183,18 @@ def page_cells(nb) -> tuple[dict, list]:
     return meta, cells[::-1]
 
 
+def one_title(text: str, title: str) -> str:
+    "A text below the page's title: a heading that says the title again goes, another one as high comes down a step."
+    lines, fenced = [], False
+    for line in text.splitlines():
+        fenced ^= line.lstrip().startswith("```")
+        if fenced or not line.startswith("# "):
+            lines.append(line)
+        elif line[2:].strip() != title:
+            lines.append("#" + line)
+    return "\n".join(lines)
+
+
 def convert(source: Path, page: Path, out: Path, pages: dict[Path, Path], root: Path, git_url: str) -> dict:
     "Writes the page of the notebook `source` to `out/page`; returns its front matter and, as `anchors`, the definitions that have a heading of their own."
     nb = read_nb(source)
@@ -190,7 +202,11 @@ def convert(source: Path, page: Path, out: Path, pages: dict[Path, Path], root: 
     PageDefaults(execute=any(documented(cell) for cell in nb.cells))(nb)
     meta, nb.cells = page_cells(nb)
     if not meta:
-        nb.cells.insert(0, title_cell({"title": source.stem}))
+        meta = {"title": source.stem}
+        nb.cells.insert(0, title_cell(meta))
+    for cell in nb.cells[1:]:
+        if cell.cell_type == "markdown":
+            cell.source = one_title(cell.source, meta["title"])
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             cell.source = relink(cell.source, page, source, pages, root, git_url)

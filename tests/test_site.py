@@ -345,6 +345,13 @@ def test_outputs_become_static():
     assert page_output({"output_type": "stream", "text": "x"}) == {"output_type": "stream", "text": "x"}
 
 
+def test_page_has_one_title():
+    from convert import one_title
+
+    text = "# Reports\n\nText.\n\n# References\n\n```sh\n# a comment\n```"
+    assert one_title(text, "Reports") == "\nText.\n\n## References\n\n```sh\n# a comment\n```"
+
+
 def test_slug_is_the_anchor_that_nbdev_links_to():
     from convert import slug
 

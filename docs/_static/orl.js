@@ -61,6 +61,12 @@
     return {...layout, title: undefined, margin, legend: {...layout.legend, ...legend}};
   };
 
+  // Panels side by side that would be too small to read on a phone keep their size, and the figure scrolls.
+  const leastWidth = layout => {
+    const sides = Object.keys(layout).filter(name => /^xaxis/.test(name)).map(name => layout[name].domain?.[0] ?? 0);
+    return 130 * Math.max(1, new Set(sides).size) + (layout.margin?.l ?? 60) + 40;
+  };
+
   const draw = async element => {
     const figure = JSON.parse(element.querySelector('script').textContent);
     const caption = document.createElement('div'), plot = document.createElement('div');
@@ -68,9 +74,11 @@
     element.append(caption, plot);
     const Plotly = await plotly();
     const config = {responsive: true, displaylogo: false, displayModeBar: narrow() ? false : 'hover'};
-    const redraw = () => Plotly.react(plot, {
-      data: figure.data, layout: themed(lifted(figure.layout ?? {}, caption)), frames: figure.frames ?? [], config,
-    });
+    const redraw = () => {
+      const layout = themed(lifted(figure.layout ?? {}, caption));
+      plot.style.minWidth = narrow() ? `${leastWidth(figure.layout ?? {})}px` : '';
+      return Plotly.react(plot, {data: figure.data, layout, frames: figure.frames ?? [], config});
+    };
     await redraw();
     onTheme(redraw);
   };
