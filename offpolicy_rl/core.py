@@ -2,11 +2,11 @@
 
 # %% auto #0
 __all__ = ['PerToken', 'PerSequence', 'PerVocab', 'TokenMask', 'SequenceIds', 'SequenceFlags', 'TokenIds', 'Advantage',
-           'Aggregate', 'Stats', 'VOCABULARY', 'FAMILIES', 'KINDS', 'LOG_WEIGHT_LIMIT', 'Term', 'lengths', 'token_mean',
-           'seq_mean_token_mean', 'seq_mean_token_sum', 'seq_mean_token_sum_norm', 'per_token', 'per_sequence',
-           'same_group', 'group_mean', 'group_centred', 'group_size', 'Range', 'Knob', 'admit', 'Method', 'method',
-           'raw', 'method_of', 'inputs', 'knobs', 'arguments', 'call', 'Catalogue', 'family_modules', 'catalogue',
-           'bounded_exp']
+           'Aggregate', 'Stats', 'VOCABULARY', 'FAMILIES', 'KINDS', 'CARRIERS', 'LOG_WEIGHT_LIMIT', 'Term', 'lengths',
+           'token_mean', 'seq_mean_token_mean', 'seq_mean_token_sum', 'seq_mean_token_sum_norm', 'per_token',
+           'per_sequence', 'at_last_token', 'reward_to_go', 'same_group', 'group_mean', 'group_centred', 'group_size',
+           'Range', 'Knob', 'admit', 'Method', 'method', 'raw', 'method_of', 'inputs', 'knobs', 'arguments', 'call',
+           'Catalogue', 'family_modules', 'catalogue', 'bounded_exp']
 
 # %% ../nbs/core.ipynb #8aa06900
 import functools
@@ -57,6 +57,8 @@ VOCABULARY: dict[str, Term] = {t.name: t for t in [
     Term("turn", ("b t",), "int", "index of the turn that a token belongs to"),
     Term("value", ("b t",), "float", "a critic's value at each token"),
     Term("entropy", ("b t",), "float", "the policy's token entropy, in nats"),
+    Term("mean_logp", ("b t",), "float", "mean over the whole vocabulary of log pi(. | prefix) at the token's position, detached"),
+    Term("mean_logp_old", ("b t",), "float", "the same under the proximal policy"),
     Term("logits", ("b t v",), "float", "the policy's logits, where a method needs whole distributions"),
     Term("teacher_logits", ("b t v",), "float", "a teacher's logits"),
     Term("expert", ("b",), "bool", "True where the response was not sampled by the policy (demonstration, replay of another model)"),
@@ -99,6 +101,15 @@ def per_token(adv: Advantage, mask: TokenMask) -> PerToken:
 def per_sequence(adv: Advantage, mask: TokenMask) -> PerSequence:
     "The advantage of each sequence: token advantages are averaged over the response's tokens."
     return adv if adv.ndim == 1 else (adv * mask).sum(-1) / lengths(mask).clamp(min=1)
+
+def at_last_token(x: PerSequence, mask: TokenMask) -> PerToken:
+    "A number of each sequence put on its last token, 0 elsewhere: a terminal reward as token rewards. A row without tokens gets none."
+    after = mask.flip(-1).cumsum(-1).flip(-1)
+    return x[:, None] * ((after == 1) & (mask > 0)).to(x.dtype)
+
+def reward_to_go(reward_t: PerToken) -> PerToken:
+    "The sum of the rewards that come at each token or later."
+    return reward_t.flip(-1).cumsum(-1).flip(-1)
 
 # %% ../nbs/core.ipynb #781b5d6b
 def same_group(group: SequenceIds, dtype: torch.dtype = torch.float32) -> Float[Tensor, "b b"]:
@@ -212,7 +223,7 @@ def _ready(name: str, x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Ten
 FAMILIES = ("reinforce", "ratios", "advantages", "entropy", "data", "guidance", "distillation", "preferences", "agents", "systems", "diffusion",
             "evaluation", "control", "robots")
 KINDS = {"ratio": "importance weights, b t", "advantage": "b or b t", "loss": "a scalar and a dict of detached diagnostics",
-         "penalty": "a term to add to a loss", "reward": "shapes a reward", "sampler": "chooses prompts, rollouts or stored samples",
+         "penalty": "a term to add to a loss", "return": "what a critic is regressed on, b t", "reward": "shapes a reward", "sampler": "chooses prompts, rollouts or stored samples",
          "estimate": "off-policy evaluation"}
 
 @dataclass(frozen=True)
@@ -251,10 +262,11 @@ def _knob(p: inspect.Parameter, hint: Any) -> Knob:
     return Knob(p.name, p.default, args[0] if isinstance(args[0], type) else None, bounds)
 
 def _read_signature(fn: Callable) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, Knob]]:
-    "A function's needed tensors, optional tensors and knobs."
+    "A function's needed tensors, optional tensors and knobs; a sampler's tensors are those of its `select`."
     hints = typing.get_type_hints(fn.__init__ if inspect.isclass(fn) else fn, include_extras=True)
     params = inspect.signature(fn).parameters.values()
-    tensors = [p for p in params if p.kind is p.POSITIONAL_OR_KEYWORD]
+    given = inspect.signature(fn.select).parameters.values() if hasattr(fn, "select") else params
+    tensors = [p for p in given if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"]
     needed = tuple(p.name for p in tensors if p.default is p.empty)
     optional = tuple(p.name for p in tensors if p.name not in needed)
     return needed, optional, {p.name: _knob(p, hints.get(p.name)) for p in params if p.kind is p.KEYWORD_ONLY}
@@ -266,7 +278,8 @@ def method(*, family: str, system: int | None = None, paper: str = "") -> Callab
     """Put the door before a function and enter it in the catalogue.
 
     `family` is one of `FAMILIES`, `system` its number in the list of systems (None for a baseline), `paper` an arXiv number or a citation.
-    Tensors come first and by name; knobs are keyword-only. A class (a `_sampler`) is entered as it is."""
+    Tensors come first and by name; knobs are keyword-only. A class (a `Sampler`) is entered as it is: its knobs are those of `__init__`, its tensors
+    those of `select(self, ..., *, generator)`, which returns the numbers of the rows to train on."""
     if family not in FAMILIES: raise ValueError(f"family: expected one of {', '.join(FAMILIES)}, got {family!r}")
 
     def enter(fn: Callable) -> Callable:
@@ -277,6 +290,11 @@ def method(*, family: str, system: int | None = None, paper: str = "") -> Callab
         return door
     return enter
 
+CARRIERS = ("logp", "logits", "entropy")      # the policy's own outputs: all else is data, and no graph hangs on it
+
+def _without_gradient(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) else x
+
 def _door(fn: Callable, knobs: Mapping[str, Knob]) -> Callable:
     "The function with its checks before it."
     signature = inspect.signature(fn)
@@ -285,7 +303,7 @@ def _door(fn: Callable, knobs: Mapping[str, Knob]) -> Callable:
     def door(*args, **kwargs):
         given = signature.bind(*args, **kwargs).arguments
         for name in given.keys() & knobs.keys(): knobs[name].check(given[name])
-        tensors = {k: x for k, x in given.items() if k not in knobs and x is not None}
+        tensors = {k: x if k in CARRIERS else _without_gradient(x) for k, x in given.items() if k not in knobs and x is not None}
         return fn(**admit(tensors), **{k: given[k] for k in given.keys() & knobs.keys()})
     return door
 

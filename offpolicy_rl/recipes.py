@@ -12,29 +12,32 @@ from typing import Any
 
 from torch import Tensor
 
-from .core import Knob, Stats, call, catalogue, family_modules, inputs, knobs, method_of, per_token
+from .core import Knob, Stats, at_last_token, call, catalogue, family_modules, inputs, knobs, method_of, per_token
 
 # %% ../nbs/recipes.ipynb #f89346e3
-PARTS = ("reward", "advantage", "ratio", "loss", "penalties")
+PARTS = ("reward", "advantage", "ratio", "loss", "penalties", "returns", "sampler")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What one paper trains with: reward shaping, advantage, ratio, loss, penalties and sampler, each a function of the catalogue or a partial of
-    one.
+    """What one paper trains with: reward shaping, advantage, ratio, loss, penalties, a critic's returns and a sampler, each of the catalogue or a
+    partial of it.
 
-    Parts run in the order reward, advantage, ratio, loss, penalties; what a part makes is put in the batch under the vocabulary's name."""
+    Parts run in the order reward, advantage, ratio, loss, penalties; what a part makes is put in the batch under the vocabulary's name. The trainer
+    runs the other two: `returns` is what the critic is regressed on (None: the reward to go), `sampler` chooses the rows to train on."""
     name: str
     loss: Callable
     advantage: Callable | None = None
     ratio: Callable | None = None
     penalties: tuple[Callable, ...] = ()
     reward: Callable | None = None
+    returns: Callable | None = None
     sampler: Callable | None = None
     paper: str = ""
     note: str = ""
 
     def __post_init__(self):
-        for part, kind in [("loss", "loss"), ("advantage", "advantage"), ("ratio", "ratio"), ("reward", "reward"), ("sampler", "sampler")]:
+        for part, kind in [("loss", "loss"), ("advantage", "advantage"), ("ratio", "ratio"), ("reward", "reward"), ("returns", "return"),
+                           ("sampler", "sampler")]:
             fn = getattr(self, part)
             if fn is not None and method_of(fn).kind != kind: raise ValueError(f"{part}: expected a _{kind} of the catalogue, got {method_of(fn).name}")
         for fn in self.penalties:
@@ -44,7 +47,8 @@ class Recipe:
     def parts(self) -> dict[str, Callable]:
         "The parts in the order in which they run, by name: penalties as penalty0, penalty1, ..."
         named = dict(reward=self.reward, advantage=self.advantage, ratio=self.ratio, loss=self.loss)
-        return {k: f for k, f in {**named, **{f"penalty{i}": f for i, f in enumerate(self.penalties)}}.items() if f is not None}
+        after = dict(returns=self.returns, sampler=self.sampler)
+        return {k: f for k, f in {**named, **{f"penalty{i}": f for i, f in enumerate(self.penalties)}, **after}.items() if f is not None}
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -78,7 +82,10 @@ class Recipe:
     def prepare(self, batch: Mapping[str, Tensor], *, call: Callable = call) -> dict[str, Tensor]:
         "The batch with its reward shaped, its advantage computed and weighted by the ratio: everything before the loss, detached."
         batch = dict(batch)
-        if self.reward is not None: batch["reward"] = call(self.reward, batch)
+        if self.reward is not None:
+            shaped = call(self.reward, batch).detach()
+            if "reward_t" in batch: batch["reward_t"] = batch["reward_t"] + at_last_token(shaped - batch["reward"], batch["mask"])
+            batch["reward"] = shaped
         if self.advantage is not None: batch["adv"] = call(self.advantage, batch).detach()
         if self.ratio is not None: batch["adv"] = per_token(batch["adv"], batch["mask"]) * call(self.ratio, batch).detach()
         return batch

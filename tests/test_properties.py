@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from offpolicy_rl.core import VOCABULARY, call, catalogue, knobs
 
-TENSOR_KINDS = ("ratio", "advantage", "loss", "penalty")
+TENSOR_KINDS = ("ratio", "advantage", "loss", "penalty", "return", "reward")
 METHODS = [pytest.param(row, id=row.name) for row in catalogue() if row.kind in TENSOR_KINDS]
 LOSSES = [pytest.param(row, id=row.name) for row in catalogue() if row.kind in ("loss", "penalty")]
 EXAMPLES = settings(max_examples=25, deadline=None)
@@ -29,6 +29,7 @@ def batch_for(row, b: int, t: int, seed: int, dtype=torch.float64, drift: float 
     made = dict(logp=logp, mask=mask, reward=normal(b).round(decimals=1), reward_t=normal(b, t), adv=normal(b), group=integers(max(1, b // 2), b),
                 turn=(torch.arange(t) // 2).expand(b, t).clone(), value=normal(b, t), entropy=normal(b, t).abs(), logits=normal(b, t, 4),
                 teacher_logits=normal(b, t, 4), expert=torch.rand(b, generator=g) < 0.3, age=integers(4, b))
+    for name in ("mean_logp", "mean_logp_old"): made[name] = logp - normal(b, t).abs()
     for name in ("logp_mu", "logp_old", "logp_ref", "logp_teacher"): made[name] = logp - drift * normal(b, t)
     needed = {k: made[k] for k in row.inputs + row.optional if k in made}
     return {k: x.to(dtype) if x.is_floating_point() else x for k, x in needed.items()}
@@ -60,7 +61,8 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-10) -> bool:
 def test_output_has_the_shape_of_its_kind(row, shape):
     b, t, seed = shape
     made = call(row.fn, batch_for(row, b, t, seed))
-    if row.kind == "ratio": assert made.shape == (b, t)
+    if row.kind in ("ratio", "return"): assert made.shape == (b, t)
+    if row.kind == "reward": assert made.shape == (b,)
     if row.kind == "advantage": assert made.shape in ((b,), (b, t))
     if row.kind == "penalty": assert made.shape == ()
     if row.kind == "loss":

@@ -31,7 +31,7 @@ def coefficient(estimator: Callable, log_ratio: Tensor | Sequence[float] | None 
     behind = torch.full(shape, -6.0, dtype=torch.float64)
     zeros = torch.zeros(points, 1, dtype=torch.long)
     batch = dict(logp=behind + grid_s[:, None, None], logp_mu=behind, logp_old=behind, logp_ref=behind, mask=torch.ones_like(behind),
-                 value=torch.zeros_like(behind), adv=grid_a[:, None], reward=grid_a[:, None], group=zeros, age=zeros, expert=zeros.bool())
+                 value=torch.zeros_like(behind), mean_logp=behind, mean_logp_old=behind, adv=grid_a[:, None], reward=grid_a[:, None], group=zeros, age=zeros, expert=zeros.bool())
     return token_coefficients(objective_of(estimator, **knobs), batch).sum((1, 2)).view(len(s), len(a))
 
 # %% ../../nbs/lab/coefficient.ipynb #19212c7f

@@ -46,22 +46,29 @@ def _pick(toy: Toy, ladders: Tensor, uniform: Tensor) -> Tensor:
     given = ladders.gather(1, prompt[..., None].expand(-1, -1, len(toy)))
     return torch.searchsorted(given, uniform[..., 1:].contiguous()).clamp(max=len(toy) - 1)
 
-# rows, their log mu (one more dimension, tokens), their prompt's mean reward under mu, their age
-Samples = tuple[Tensor, Tensor, Tensor, Tensor]
+# the outcomes' rows, and what was known of them when they were sampled: log mu, the mean log mu over the vocabulary, V of mu, the prompt's mean reward, age
+Samples = dict[str, Tensor]
 
-def _assemble(toy: Toy, theta: Tensor, samples: Samples, group: Tensor) -> dict[str, Tensor]:
-    "A batch of the vocabulary from samples, for the policy theta."
-    rows, logp_mu, baseline, age = samples
-    chosen = lambda table: table[toy.node[rows], toy.token[rows]] * toy.mask[rows]
-    return dict(logp=chosen(toy.table(theta)), logp_mu=logp_mu, logp_old=logp_mu, logp_ref=chosen(toy.ref), mask=toy.mask[rows], reward=toy.reward[rows],
-                reward_t=toy.reward_t[rows], turn=toy.turn[rows], adv=toy.reward[rows] - baseline, group=group, age=age,
-                expert=torch.zeros_like(group, dtype=torch.bool))
+def _assemble(toy: Toy, theta: Tensor, samples: Samples, group: Tensor, old: Tensor | None = None) -> dict[str, Tensor]:
+    "A batch of the vocabulary from samples, for the policy theta; `old` is the table of a proximal policy apart from the behaviour."
+    rows, table = samples["row"], toy.table(theta)
+    node, mask = toy.node[rows], toy.mask[rows]
+    chosen = lambda table: table[node, toy.token[rows]] * mask
+    given = {k: samples[k] for k in ("logp_mu", "value", "age")}
+    known = dict(logp_old=samples["logp_mu"], mean_logp_old=samples["mean_logp"])
+    if old is not None: known = dict(logp_old=chosen(old), mean_logp_old=old.mean(-1)[node] * mask)
+    frozen = table.detach()
+    return dict(logp=chosen(table), logp_ref=chosen(toy.ref), mask=mask, reward=toy.reward[rows], reward_t=toy.reward_t[rows], turn=toy.turn[rows],
+                adv=toy.reward[rows] - samples["baseline"], group=group, expert=torch.zeros_like(group, dtype=torch.bool),
+                mean_logp=frozen.mean(-1)[node] * mask, entropy=-(frozen.exp() * frozen).sum(-1)[node] * mask, **given, **known)
 
 def _sampled_under(toy: Toy, mu: Tensor, rows: Tensor, age: int) -> Samples:
     "Rows (seeds, responses) with what is known of them when they are sampled from the tables mu (seeds, nodes, vocab)."
     each = torch.arange(len(mu))[:, None]
-    logp_mu = mu[each[..., None], toy.node[rows], toy.token[rows]] * toy.mask[rows]
-    return rows, logp_mu, torch.func.vmap(toy.prompt_value)(mu)[each, rows], torch.full_like(rows, age)
+    node, mask = toy.node[rows], toy.mask[rows]
+    return dict(row=rows, age=torch.full_like(rows, age), logp_mu=mu[each[..., None], node, toy.token[rows]] * mask,
+                mean_logp=mu.mean(-1)[each[..., None], node] * mask, baseline=torch.func.vmap(toy.prompt_value)(mu)[each, rows],
+                value=torch.func.vmap(toy.value)(mu)[each, rows])
 
 def _measures(toy: Toy, theta: Tensor, mu: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "Objective, entropy, KL(pi || mu) and effective sample size."
@@ -71,45 +78,50 @@ def _measures(toy: Toy, theta: Tensor, mu: Tensor) -> tuple[Tensor, Tensor, Tens
 
 def curve(estimator: Callable | Recipe, toy: Toy, *, staleness: float = 1, replay: int = 0, behaviour: Callable[[Toy], Toy] | None = None, updates: int = 200,
           lr: float = 0.5, prompts: int = 4, group_size: int = 4, seeds: Sequence[int] = (0, 1, 2, 3, 4), advantage: Callable | None = None,
-          expected: bool = False, **knobs) -> Curve:
+          expected: bool = False, minibatches: int | None = None, **knobs) -> Curve:
     """Train the toy's policy by plain gradient descent on the estimator's loss.
 
     staleness: the behaviour is refreshed every so many updates (math.inf: never, fully offline: it stays the toy's own mu; otherwise it starts as a copy of
     the policy). replay: each update also learns from the samples of so many updates before. behaviour: what a refresh makes of the policy, for a mismatch:
     a function as in `toys.toy`, e.g. `partial(noisy, sigma=0.3)`; by default a copy. prompts x group_size: new responses an update.
-    expected: sum over all draws of `group_size` responses instead of sampling (one seed is enough; no replay). Other arguments as in `exact`."""
+    expected: sum over all draws of `group_size` responses instead of sampling (one seed is enough; no replay). minibatches: updates made with one proximal
+    policy, whose log-probabilities are `logp_old`; by default the behaviour is the proximal policy too. `value` is the exact value under the behaviour: what a
+    perfect critic learns from its data. Other arguments as in `exact`."""
     if staleness < 1: raise ValueError(f"staleness: expected 1 (on-policy) or more, got {staleness}")
+    if minibatches is not None and minibatches < 1: raise ValueError(f"minibatches: expected None or 1 or more updates, got {minibatches}")
     if replay < 0 or (replay and expected): raise ValueError(f"replay: expected 0 or more updates, and 0 with expected=True, got {replay}")
     objective = objective_of(estimator, advantage, **knobs)
     seeds = seeds[:1] if expected else seeds
     uniform = torch.stack([torch.rand(updates, prompts, 1 + group_size, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds])
     every_draw = draws_of(toy, group_size)[0] if expected else None
 
-    def sampled(theta, samples):
-        return objective(_assemble(toy, theta, samples, torch.arange(len(samples[0]) // group_size).repeat_interleave(group_size)))
+    def sampled(theta, old, samples):
+        group = torch.arange(len(samples["row"]) // group_size).repeat_interleave(group_size)
+        return objective(_assemble(toy, theta, samples, group, old))
 
-    def averaged(theta, samples, weight):
-        one = lambda *draw: objective(_assemble(toy, theta, draw, torch.zeros_like(draw[0])))
-        return weight @ torch.func.vmap(one)(*samples)
+    def averaged(theta, old, samples, weight):
+        one = lambda draw: objective(_assemble(toy, theta, draw, torch.zeros_like(draw["row"]), old))
+        return weight @ torch.func.vmap(one)(samples)
 
-    step = torch.func.vmap(torch.func.grad(averaged if expected else sampled))
+    step = torch.func.vmap(torch.func.grad(averaged if expected else sampled), in_dims=(0, None if minibatches is None else 0, 0, *[0] * expected))
     policy_of = (lambda t: torch.stack([behaviour(toy.at(x)).mu for x in t])) if behaviour else torch.func.vmap(toy.table)
     theta = toy.theta.expand(len(seeds), -1).clone()
-    mu = toy.mu.expand(len(seeds), -1, -1)
+    mu, old = toy.mu.expand(len(seeds), -1, -1), None
     measure, history, kept = torch.func.vmap(lambda t, m: _measures(toy, t, m)), [], []
     for i in range(updates):
         if i % staleness == 0:
             born = i
             if staleness != math.inf: mu = policy_of(theta)
             if not expected: ladders = _ladders(toy, mu)
+        if minibatches is not None and i % minibatches == 0: old = torch.func.vmap(toy.table)(theta)
         history.append(measure(theta, mu))
         if expected:
-            every = tuple(x.view(1, *every_draw.shape, *x.shape[2:]) for x in _sampled_under(toy, mu, every_draw.view(1, -1), i - born))
-            gradient = step(theta, every, draws_of(toy.with_behaviour(mu[0]), group_size)[1][None])
+            every = {k: x.view(1, *every_draw.shape, *x.shape[2:]) for k, x in _sampled_under(toy, mu, every_draw.view(1, -1), i - born).items()}
+            gradient = step(theta, old, every, draws_of(toy.with_behaviour(mu[0]), group_size)[1][None])
         else:
-            older = [(rows, logp_mu, baseline, age + 1) for rows, logp_mu, baseline, age in kept]
+            older = [{**samples, "age": samples["age"] + 1} for samples in kept]
             kept = [_sampled_under(toy, mu, _pick(toy, ladders, uniform[:, i]).flatten(1), i - born), *older][:replay + 1]
-            gradient = step(theta, tuple(torch.cat(x, 1) for x in zip(*kept)))
+            gradient = step(theta, old, {k: torch.cat([samples[k] for samples in kept], 1) for k in kept[0]})
         theta = theta - lr * gradient
     history.append(measure(theta, mu))
     return Curve(*(torch.stack(x, -1) for x in zip(*history)), theta)

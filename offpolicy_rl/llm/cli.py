@@ -82,8 +82,10 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
     add(how, "grad_clip", float, "largest norm of the gradient")
     add(how, "weight_decay", float, "of AdamW")
     add(how, "aggregate", str, "how the loss is averaged over tokens; the recipe's own by default", choices=AGGREGATES)
-    add(how, "old", str, "what logp_old is: the policy that sampled, or the trainer's own at the start of the update",
-        choices=("behaviour", "proximal"))
+    add(how, "old", str, "what logp_old is: the policy that sampled, or the trainer's own at the start of an iteration; by default the latter where "
+        "the recipe names both", choices=("behaviour", "proximal"))
+    add(how, "minibatches", int, "updates in such an iteration")
+    add(how, "critic_lr", float, "learning rate of the critic, where the recipe has one")
     add(how, "eval_every", int, "updates between two evaluations")
     add(how, "eval_prompts", int, "held-out prompts of an evaluation")
     where = parser.add_argument_group("where to run")

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import VOCABULARY, admit
+from ..core import VOCABULARY, admit, arguments, at_last_token, call, reward_to_go
 from .checkpoint import (checkpoints, load_checkpoint, optimizer_tensors, rng_from_json, rng_to_json, save_checkpoint,
                                          set_optimizer_tensors, set_weights, weights)
-from .config import TrainConfig, config_facts, recipe_facts, record_path, resolve, run_name
-from .engine import HFEngine, Rollouts, token_entropy, token_logps
+from .config import TrainConfig, config_facts, proximal_apart, recipe_facts, record_path, resolve, run_name
+from .critic import Critic, hidden_states
+from .engine import HFEngine, Rollouts, joined, mean_logp, token_entropy, token_logps
 from .metrics import off_policyness, scalars
 from .model import decode, load
 from .record import add_step, new_record, read_record, rounded, thinned, write_atomically, write_record
@@ -34,7 +35,7 @@ from .tasks import draw
 
 # %% ../../nbs/llm/train.ipynb #9df502d4
 class Trainer:
-    "A run in progress: policy, behaviour policy, optimiser, random generators and record."
+    "A run in progress: policy, behaviour policy, what else the recipe asks for, optimiser, random generators and record."
 
     def __init__(self, config: TrainConfig, command: str | None = None):
         self.config = config
@@ -45,7 +46,13 @@ class Trainer:
         self.live = HFEngine(self.model, self.tokenizer, live=True)
         on_policy = config.staleness == 1 and config.engine_dtype is None
         self.engine = self.live if on_policy else HFEngine(self.model, self.tokenizer, config.engine_dtype)
-        self.reference = copy.deepcopy(self.model).requires_grad_(False) if "logp_ref" in self.recipe.inputs else None
+        named = self.recipe.inputs
+        frozen = lambda wanted: copy.deepcopy(self.model).requires_grad_(False) if wanted else None
+        self.reference = frozen("logp_ref" in named)
+        self.proximal = frozen(proximal_apart(config, self.recipe) and {"logp_old", "mean_logp_old"} & set(named))
+        width = self.model.get_output_embeddings().in_features
+        self.critic = Critic(width, lr=config.critic_lr, seed=config.seed).to(self.model.device) if "value" in named else None
+        self.sampler = None if self.recipe.sampler is None else self.recipe.sampler()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
         self.rng = random.Random(1000 + config.seed)
         self.generator = torch.Generator(self.model.device).manual_seed(config.seed)
@@ -54,13 +61,36 @@ class Trainer:
         self.record = new_record(config_facts(config), recipe_facts(self.recipe), command)
 
     def sample(self) -> Rollouts:
-        "Rollouts of the behaviour policy, with rewards. Its weights are brought up to date when their time has come."
+        """Rollouts of the behaviour policy, with rewards. Its weights are brought up to date when their time has come.
+
+        A recipe's sampler chooses among them; where too few prompts are left, the trainer samples again, as often as the sampler allows. Where none is left
+        at all, the last batch is taken as it is."""
         k = self.config.staleness
         if k != "offline" and self.step % k == 0: self.engine.sync(self.model, self.step)
+        if self.proximal is not None and self.step % min(self.config.minibatches, k if k != "offline" else self.config.minibatches) == 0:
+            set_weights(self.proximal, weights(self.model))
+        if self.sampler is None: return self.answers()
+        self.fresh, kept, planned = [], [], self.config.prompts_per_step
+        while len(self.fresh) < self.sampler.rounds and sum(len(r.prompts) for r in kept) < planned:
+            self.fresh.append(self.answers())
+            chosen = self.select(self.fresh[-1])
+            if len(chosen): kept.append(self.fresh[-1].take(chosen))
+        if not kept: return self.fresh[-1]
+        together = joined(kept)
+        return together.take((together.group < planned).nonzero().flatten())
+
+    def answers(self) -> Rollouts:
+        "Fresh responses of the behaviour policy to fresh prompts, with rewards."
         prompts = draw(self.task, self.config.prompts_per_step, self.rng)
         rollouts = self.engine.sample(prompts, self.config.group_size, self.max_tokens, self.config.temperature, self.generator)
         rollouts.reward = self.rewards(rollouts)
         return rollouts
+
+    def select(self, rollouts: Rollouts) -> Tensor:
+        "Numbers of the rows that the recipe's sampler takes."
+        batch = self.given(rollouts)
+        if self.recipe.advantage is not None: batch = replace(self.recipe, ratio=None).prepare(batch)
+        return self.sampler.select(**arguments(self.recipe.sampler, batch), generator=self.generator)
 
     def rewards(self, rollouts: Rollouts) -> Tensor:
         "The verifier's number for each response."
@@ -78,6 +108,7 @@ class Trainer:
         out, named = {"logp": logp}, self.recipe.inputs
         with contextlib.nullcontext() if "entropy" in named else torch.no_grad(): out["entropy"] = token_entropy(logits) * rollouts.mask
         if "logits" in named: out["logits"] = logits
+        if "mean_logp" in named: out["mean_logp"] = mean_logp(logits) * rollouts.mask
         return out
 
     def given(self, rollouts: Rollouts) -> dict[str, Tensor]:
@@ -86,11 +117,26 @@ class Trainer:
         batch = dict(logp_mu=r.logp_mu, mask=r.mask, reward=r.reward, group=r.group, age=self.step - r.version)
         batch["expert"] = torch.zeros_like(r.group, dtype=torch.bool)
         batch["turn"] = torch.zeros_like(r.tokens)
-        if self.config.old == "behaviour": batch["logp_old"] = r.logp_mu
-        if "logp_ref" in named:
-            with torch.no_grad():
-                batch["logp_ref"] = torch.cat([token_logps(self.reference, part, self.config.temperature)[0] for part in self.parts(r)])
+        batch["reward_t"] = at_last_token(r.reward, r.mask)
+        if not proximal_apart(self.config, self.recipe): batch["logp_old"] = r.logp_mu
+        if "logp_ref" in named: batch["logp_ref"] = self.read(self.reference, r)[0]
+        if self.proximal is not None or "mean_logp_old" in named:
+            logp, batch["mean_logp_old"] = self.read(self.engine.model if self.proximal is None else self.proximal, r)
+            batch.setdefault("logp_old", logp)
+        if self.critic is not None:
+            with torch.no_grad(): batch["value"] = self.critic(self.hidden(r)) * r.mask
         return batch
+
+    @torch.no_grad()
+    def read(self, model, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+        "Log-probabilities of the tokens under another model, and the mean over its vocabulary at their positions."
+        pieces = [(logp, mean_logp(logits) * part.mask) for part in self.parts(rollouts)
+                  for logp, logits in [token_logps(model, part, self.config.temperature)]]
+        return tuple(torch.cat(column) for column in zip(*pieces))
+
+    def hidden(self, rollouts: Rollouts) -> Tensor:
+        "What the critic reads."
+        return torch.cat([hidden_states(self.model, part) for part in self.parts(rollouts)])
 
     def parts(self, rollouts: Rollouts) -> list[Rollouts]:
         "The rollouts in pieces that fit one forward pass."
@@ -100,8 +146,16 @@ class Trainer:
 
     def loss(self, policy: dict[str, Tensor], given: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         "The recipe's loss on one batch of the vocabulary."
-        old = {} if "logp_old" in given else {"logp_old": policy["logp"].detach()}
-        return self.recipe.loss_on({**given, **old, **policy})
+        return self.recipe.loss_on({**given, **policy})
+
+    def teach(self, rollouts: Rollouts, batch: Mapping[str, Tensor]) -> dict[str, float]:
+        "Regress the critic on the recipe's returns, or on the reward to go; its error before. What a sampler left out is learnt from too."
+        if self.critic is None: return {}
+        if self.sampler is not None:
+            rollouts = joined(self.fresh)
+            with torch.no_grad(): batch = {**self.given(rollouts), **self.policy(rollouts)}
+        with torch.no_grad(): returns = reward_to_go(batch["reward_t"]) if self.recipe.returns is None else call(self.recipe.returns, batch)
+        return dict(critic_error=self.critic.learn(self.hidden(rollouts), returns, rollouts.mask))
 
     def backward(self, rollouts: Rollouts) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Gradients of the recipe's loss; the loss, its diagnostics and the batch that it was computed on.
@@ -136,17 +190,18 @@ class Trainer:
         for name, x in (("loss", loss), ("gradient norm", norm)):
             if not x.isfinite():
                 raise FloatingPointError(f"step {self.step}: the {name} is {x.item()}; try a learning rate below {self.config.lr:g}")
+        taught = self.teach(rollouts, batch)
         self.optimizer.step()
         if self.config.keep_rollouts and (self.step + 1) % self.config.keep_rollouts == 0: self.keep(rollouts, batch)
         r = rollouts
-        means = dict(reward=r.reward.mean(), success=(r.reward >= 1).float().mean(), loss=loss, gradient_norm=norm,
+        reward = r.reward if self.sampler is None else torch.cat([fresh.reward for fresh in self.fresh])
+        means = dict(reward=reward.mean(), success=(reward >= 1).float().mean(), loss=loss, gradient_norm=norm,
                      entropy=batch["entropy"].sum() / r.mask.sum().clamp(min=1), length=r.mask.sum(1).mean(),
                      age=(self.step - r.version).float().mean())
-        return {name: x.item() for name, x in means.items()} | off_policyness(batch["logp"], r.logp_mu, r.mask) | scalars(stats)
+        return {name: x.item() for name, x in means.items()} | off_policyness(batch["logp"], r.logp_mu, r.mask) | scalars(stats) | taught
 
     def keep(self, rollouts: Rollouts, batch: Mapping[str, Tensor]) -> None:
         "Write the update's batch beside the record, as the recipe saw it, with prompts and tokens as text."
-        batch = {"logp_old": batch["logp"], **batch}
         if self.recipe.advantage is not None: batch["adv"] = replace(self.recipe, ratio=None).prepare(batch)["adv"]
         prompt = [rollouts.prompts[g] for g in rollouts.group.tolist()]
         pieces = [decode(self.tokenizer, [[token] for token in row]) for row in rollouts.tokens.tolist()]
@@ -176,6 +231,7 @@ class Trainer:
         rollouts = self.sample()
         middle = time.perf_counter()
         row = self.update(rollouts)
+        if self.sampler is not None: row["rounds"] = float(len(self.fresh))
         row |= dict(sampling_seconds=middle - start, training_seconds=time.perf_counter() - middle)
         self.step += 1
         add_step(self.record, row)
@@ -187,7 +243,9 @@ class Trainer:
         "Write a checkpoint."
         tensors = dict(model=weights(self.model), optimizer=optimizer_tensors(self.optimizer))
         if self.engine is not self.live: tensors["behaviour"] = weights(self.engine.model)
-        if self.reference is not None: tensors["reference"] = weights(self.reference)
+        for name in ("reference", "proximal", "critic"):
+            if getattr(self, name) is not None: tensors[name] = weights(getattr(self, name))
+        if self.critic is not None: tensors["critic_optimizer"] = optimizer_tensors(self.critic.optimizer)
         state = dict(version=self.engine.version, rng=rng_to_json(self.rng), generator=self.generator.get_state().tolist(),
                      record=self.record)
         save_checkpoint(folder, self.step, tensors, state)
@@ -199,14 +257,17 @@ class Trainer:
         set_weights(self.model, tensors["model"])
         set_optimizer_tensors(self.optimizer, tensors["optimizer"])
         if "behaviour" in tensors: set_weights(self.engine.model, tensors["behaviour"])
-        if "reference" in tensors: set_weights(self.reference, tensors["reference"])
+        for name in ("reference", "proximal", "critic"):
+            if name in tensors: set_weights(getattr(self, name), tensors[name])
+        if self.critic is not None: set_optimizer_tensors(self.critic.optimizer, tensors["critic_optimizer"])
         self.engine.version, self.step, self.record = state["version"], state["step"], state["record"]
         self.rng = rng_from_json(state["rng"])
         self.generator.set_state(torch.tensor(state["generator"], dtype=torch.uint8))
 
 # %% ../../nbs/llm/train.ipynb #9532aebe
 def same_config(mine: dict, other: dict, where: Path | str) -> None:
-    "Raise ValueError where two configurations differ."
+    "Raise ValueError where two configurations differ. What an older record does not name was not to be chosen then: it had today's default."
+    other = {**config_facts(TrainConfig()), **other}
     differ = [f"{k}={other.get(k)!r} there, {mine.get(k)!r} here" for k in mine.keys() | other.keys() if mine.get(k) != other.get(k)]
     if differ:
         raise ValueError(f"{where} belongs to another configuration ({'; '.join(sorted(differ))}): choose another folder or start afresh")

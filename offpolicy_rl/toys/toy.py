@@ -172,7 +172,7 @@ class Toy:
         old = self.mu if self.old is None else self.old
         return dict(logp=self.logp(table), logp_mu=self.logp(self.mu), logp_old=self.logp(old), logp_ref=self.logp(self.ref), mask=self.mask,
                     reward=self.reward, reward_t=self.reward_t, adv=self.reward - self.prompt_value(self.mu), group=self.prompt, turn=self.turn,
-                    value=self.value(table),
+                    value=self.value(table), mean_logp=table.mean(-1)[self.node] * self.mask, mean_logp_old=old.mean(-1)[self.node] * self.mask,
                     logits=table[self.node] * self.mask[..., None], entropy=-(table.exp() * table).sum(-1)[self.node] * self.mask,
                     age=torch.zeros_like(self.prompt), expert=torch.zeros_like(self.prompt, dtype=torch.bool))
 
