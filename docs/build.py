@@ -102,10 +102,12 @@ def contents(metas: dict[Path, dict], own: list[str]) -> str:
     folders = sorted({path.parts[0] for path in metas if len(path.parts) > 1})
     known = list(TITLES)
     folders.sort(key=lambda name: known.index(name) if name in known else len(known))
-    top = [path.stem for path in metas if len(path.parts) == 1 and path.stem not in ("index", "start")]
+    top = [path.stem for path in metas if len(path.parts) == 1 and path.stem not in ("index", "start", "chapter")]
     begin = ["Install, first steps <start>" for path in metas if path == Path("start.ipynb")] + own
     if Path("lab/atlas.ipynb") in metas:
         begin.insert(2, "The atlas <lab/atlas>")
+    if Path("chapter.ipynb") in metas:
+        begin.insert(1, "Reading the first chapter <chapter>")
     groups = {
         "Begin": begin,
         "Families": [f"{name}/index" for name in folders if name not in PACKAGE and name != "tutorials"],

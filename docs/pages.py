@@ -41,6 +41,7 @@ KINDS = {
     "advantage": "Advantages",
     "loss": "Losses",
     "penalty": "Penalties",
+    "return": "Returns",
     "reward": "Rewards",
     "sampler": "Samplers",
     "estimate": "Estimates",

@@ -10,6 +10,7 @@ import signal
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -23,7 +24,7 @@ from offpolicy_rl import core
 from offpolicy_rl.llm import model as llm_model
 from offpolicy_rl.llm import record as llm_record
 from offpolicy_rl.llm.config import TrainConfig, resolve
-from offpolicy_rl.llm.engine import HFEngine, draw_token, token_entropy, token_logps
+from offpolicy_rl.llm.engine import HFEngine, draw_token, joined, token_entropy, token_logps
 from offpolicy_rl.llm.metrics import effective_fraction, off_policyness
 from offpolicy_rl.llm.model import encode, load
 from offpolicy_rl.llm.record import add_step, new_record, read_record, read_records, thinned, write_record
@@ -31,7 +32,7 @@ from offpolicy_rl.llm.report import page, step_curve
 from offpolicy_rl.llm.tasks import Countdown, Sort, draw, expression_value, held_out, register, solutions, task, tasks
 from offpolicy_rl.llm.train import Trainer, train
 from offpolicy_rl.ratios.importance import effective_sample_size
-from offpolicy_rl.recipes import Recipe, recipe
+from offpolicy_rl.recipes import Recipe, recipe, recipes
 
 PROMPTS = ["52918043=", "31=", "77120=", "90817263="]
 
@@ -243,7 +244,7 @@ def test_metrics_look_at_real_tokens_only():
 SHORT = dict(task="sort", prompts_per_step=4, group_size=8, eval_prompts=16, steps=6, eval_every=3)
 
 
-@pytest.mark.parametrize("name", ["reinforce", "ppo", "grpo", "dr_grpo", "rloo", "topr"])
+@pytest.mark.parametrize("name", sorted(recipes()))
 def test_every_recipe_trains_and_pieces_give_the_whole_gradient(name):
     def gradient(micro_batch):
         trainer = Trainer(TrainConfig(recipe=name, staleness=4, micro_batch=micro_batch, **SHORT))
@@ -264,8 +265,73 @@ def test_samples_are_as_old_as_staleness_says(staleness, ages):
 
 
 def test_which_policy_logp_old_is():
-    def clipped(old): return max(train(TrainConfig(recipe="ppo", staleness="offline", old=old, lr=3e-3, **SHORT))["steps"]["clip_fraction"])
-    assert clipped("proximal") == 0 and clipped("behaviour") > 0.01
+    def clipped(**how): return train(TrainConfig(recipe="ppo", staleness="offline", lr=3e-3, **how, **SHORT))["steps"]["clip_fraction"]
+    assert max(clipped(old="proximal", minibatches=1)) == 0 and clipped(old="behaviour")[-1] > 0.01
+    in_threes = clipped(old="proximal", minibatches=3)
+    assert in_threes[0] == in_threes[3] == 0 and min(in_threes[2], in_threes[5]) > 0      # the proximal policy is taken anew every three updates
+
+
+def test_a_recipe_that_names_both_old_policies_gets_two():
+    trainer = Trainer(TrainConfig(recipe="decoupled_ppo", staleness="offline", minibatches=2, **SHORT))
+    for apart in (False, True, False):
+        given = trainer.given(rollouts := trainer.sample())
+        now = trainer.policy(rollouts)["logp"].detach()
+        assert ((given["logp_old"] - now).abs().max() > 1e-4) == apart and given["logp_mu"] is rollouts.logp_mu
+        trainer.update(rollouts)
+        trainer.step += 1
+
+
+def test_a_critic_learns_and_does_not_move_the_policy():
+    def run(lr):
+        trainer = Trainer(TrainConfig(recipe="vtrace", critic_lr=lr, staleness=4, **SHORT))
+        rollouts = trainer.sample()
+        return trainer, rollouts, trainer.given(rollouts)
+    (a, rollouts, given), (b, _, _) = run(1e-3), run(1e-1)
+    assert given["value"].abs().max() == 0      # an untrained critic says 0
+    for trainer in (a, b): trainer.update(rollouts)
+    for p, q in zip(a.model.parameters(), b.model.parameters()): torch.testing.assert_close(p, q, atol=0, rtol=0)
+    assert a.given(rollouts)["value"].abs().max() > 0
+    errors = train(TrainConfig(recipe="vtrace", staleness=4, **{**SHORT, "steps": 30}))["steps"]["critic_error"]
+    assert statistics.fmean(errors[-5:]) < 0.7 * errors[0]
+
+
+def test_the_old_mean_log_probability_is_that_of_the_policy_that_sampled():
+    trainer = Trainer(TrainConfig(recipe="rover", staleness=4, **SHORT))
+    fresh = {**trainer.given(rollouts := trainer.sample()), **trainer.policy(rollouts)}
+    torch.testing.assert_close(fresh["mean_logp"], fresh["mean_logp_old"], atol=1e-5, rtol=0)
+    logits = token_logps(trainer.model, rollouts)[1]
+    torch.testing.assert_close(fresh["mean_logp"], logits.log_softmax(-1).mean(-1).detach() * rollouts.mask, atol=1e-5, rtol=0)
+    for _ in range(2): trainer.advance()
+    stale = {**trainer.given(rollouts := trainer.sample()), **trainer.policy(rollouts)}
+    assert (stale["mean_logp"] - stale["mean_logp_old"]).abs().max() > 1e-3
+
+
+def test_a_sampler_fills_the_batch_with_prompts_that_differ_in_reward():
+    trainer = Trainer(TrainConfig(recipe="dapo", **{**SHORT, "prompts_per_step": 8, "group_size": 4}))
+    rollouts = trainer.sample()
+    spread = torch.stack([rollouts.reward[rollouts.group == g].std() for g in range(8)])
+    assert len(rollouts.prompts) == 8 and len(rollouts) == 32 and (spread > 0).all() and len(trainer.fresh) > 1
+    assert [rollouts.prompts[g] for g in rollouts.group.tolist()] == [p for p in rollouts.prompts for _ in range(4)]
+    torch.testing.assert_close(token_logps(trainer.model, rollouts)[0], rollouts.logp_mu, atol=1e-5, rtol=0)
+
+
+def test_a_sampler_that_finds_nothing_leaves_the_batch_as_it_is():
+    own = replace(recipe("dapo"), sampler=partial(recipe("dapo").sampler, rounds=2), reward=None)
+    trainer = Trainer(TrainConfig(recipe=own, **SHORT))
+    trainer.rewards = lambda rollouts: torch.ones(len(rollouts))
+    row = trainer.advance()
+    assert row["rounds"] == 2 and row["reward"] == 1 and row["gradient_norm"] == 0
+
+
+def test_joined_rollouts_are_their_parts(sampled):
+    model, sample = sampled
+    parts = [sample(generator=seeded(0)), HFEngine(model, load("embedded", "sort", 0)[1]).sample(["123456789=", "1="], 3, 4, generator=seeded(1))]
+    both = joined(parts)
+    assert both.group.unique().tolist() == list(range(6)) and both.texts == parts[0].texts + parts[1].texts
+    torch.testing.assert_close(token_logps(model, both)[0], both.logp_mu, atol=1e-5, rtol=0)
+    again = both.take(torch.tensor([22, 3, 3]))
+    assert again.texts == [both.texts[22], both.texts[3], both.texts[3]] and [again.prompts[g] for g in again.group.tolist()] == ["1=", PROMPTS[0], PROMPTS[0]]
+    torch.testing.assert_close(token_logps(model, again)[0], again.logp_mu, atol=1e-5, rtol=0)
 
 
 def test_what_a_recipe_names_is_made_and_nothing_else(monkeypatch):
@@ -290,9 +356,9 @@ def test_what_a_recipe_names_is_made_and_nothing_else(monkeypatch):
     assert Trainer(TrainConfig(recipe="topr", **SHORT)).reference is None
 
     @core.method(family="entropy")
-    def critic_penalty(value: core.PerToken): return value.sum()
-    with pytest.raises(ValueError, match="needs value, which this trainer does not make"):
-        resolve(TrainConfig(recipe=Recipe("critic", loss=recipe("topr").loss, advantage=recipe("topr").advantage, penalties=(critic_penalty,))))
+    def teacher_penalty(logp_teacher: core.PerToken): return logp_teacher.sum()
+    with pytest.raises(ValueError, match="needs logp_teacher, which this trainer does not make"):
+        resolve(TrainConfig(recipe=Recipe("taught", loss=recipe("topr").loss, advantage=recipe("topr").advantage, penalties=(teacher_penalty,))))
 
 
 @pytest.mark.parametrize("wrong, message", [
@@ -300,9 +366,18 @@ def test_what_a_recipe_names_is_made_and_nothing_else(monkeypatch):
     (dict(recipe="nonesuch"), "expected one of .*topr.*got 'nonesuch'"), (dict(knobs={"neg_cap": -1.0}), "neg_cap: expected a number in"),
     (dict(knobs={"nonesuch": 1}), "topr has no knob 'nonesuch'; it has .*neg_cap"), (dict(steps=0), "steps: expected a number of at least 1, got 0"),
     (dict(staleness="never"), "staleness: expected a number of at least 1 or offline, got 'never'"), (dict(lr=math.nan), "lr: expected a positive number"),
-    (dict(old="older"), "old: expected one of behaviour, proximal, got 'older'")])
+    (dict(old="older"), "old: expected one of None, behaviour, proximal, got 'older'"), (dict(minibatches=0), "minibatches: expected a number of at least 1"),
+    (dict(final_lr=1.0), "final_lr: expected None or a number from 0 to lr=0.0003, got 1.0")])
 def test_what_cannot_run_is_said_before_it_runs(wrong, message):
     with pytest.raises(ValueError, match=message): resolve(TrainConfig(**wrong))
+
+
+def test_the_learning_rate_rises_and_falls_along_straight_lines():
+    def rates(**how):
+        trainer = Trainer(TrainConfig(recipe="topr", lr=1.0, warmup=2, **SHORT, **how))
+        return [trainer.learning_rate() for trainer.step in range(6)]
+    assert rates() == [0.5, 1, 1, 1, 1, 1]
+    assert rates(final_lr=0.5) == pytest.approx([0.5, 0.9, 0.8, 0.7, 0.6, 0.5])
 
 
 def test_an_aggregate_of_choice():

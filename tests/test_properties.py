@@ -3,13 +3,16 @@
 The inputs are random batches of the vocabulary. Tolerances: float32 against float64 is 1e-3 relative to the largest entry (weights up to e^6 multiply
 rounding errors of 1e-7 in a sum of log-probabilities); everything that must be the same is compared to 1e-10 in float64."""
 import inspect
+import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offpolicy_rl.core import VOCABULARY, call, catalogue, knobs
+from offpolicy_rl.core import CARRIERS, VOCABULARY, call, catalogue, knobs, trusted
 
 TENSOR_KINDS = ("ratio", "advantage", "loss", "penalty", "return", "reward")
 METHODS = [pytest.param(row, id=row.name) for row in catalogue() if row.kind in TENSOR_KINDS]
@@ -160,8 +163,7 @@ def test_only_logp_carries_gradient(row):
     others = {k: x for k, x in batch.items() if k != "logp" and x.requires_grad}
     if not others: return
     for name, gradient in zip(others, torch.autograd.grad(value, list(others.values()), allow_unused=True)):
-        # an old or behaviour log-probability may stand inside a differentiable ratio: what matters is that no trainer's graph hangs on it
-        if not name.startswith("logp_") and name != "adv": assert gradient is None or (gradient == 0).all(), name
+        if name not in CARRIERS: assert gradient is None or (gradient == 0).all(), name
 
 
 @pytest.mark.parametrize("row", METHODS)
@@ -175,3 +177,24 @@ def test_nothing_is_changed_in_place_and_the_same_again_is_the_same(row):
 @pytest.mark.parametrize("row", METHODS)
 def test_it_is_documented(row):
     assert row.summary.endswith(".") and row.paper and inspect.signature(row.fn).parameters
+
+
+def test_inside_trusted_a_door_is_open_and_outside_it_is_shut():
+    "A method built on another one can be differentiated and vectorised by the lab."
+    row = catalogue()["token_ratio"]
+    wrong = dict(logp=torch.full((1, 1), float("nan")), logp_mu=torch.zeros(1, 1), mask=torch.ones(1, 1))
+    with trusted(): assert row.fn(**wrong).isnan().all()
+    with pytest.raises(ValueError, match="^logp: "): row.fn(**wrong)
+    many = {k: torch.zeros(5, 2, 3) for k in ("logp", "logp_mu")} | {"mask": torch.ones(5, 2, 3)}
+    with trusted(): assert torch.func.vmap(lambda **batch: row.fn(**batch))(**many).shape == (5, 2, 3)
+
+
+@pytest.mark.parametrize("row", [p for p in LOSSES if p.values[0].module.startswith("offpolicy_rl.")])
+def test_its_notebook_holds_it_to_its_coefficient(row):
+    "Every loss and penalty is differentiated in a cell of its own notebook that asserts something, and the notebook states the coefficient."
+    notebook = json.loads((Path(__file__).parents[1] / "nbs" / f"{row.notebook}.ipynb").read_text(encoding="utf-8"))
+    text = {kind: ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == kind] for kind in ("code", "markdown")}
+    differentiates = re.compile(r"\bcoefficient\(|token_coefficients\(|\.backward\(|autograd\.grad|coefficients?_of\(|gradient")
+    checks = [cell for cell in text["code"] if "assert" in cell and differentiates.search(cell) and not cell.startswith("#| export")]
+    assert any(re.search(rf"\b{row.name}\b", cell) for cell in checks), f"no cell of {row.notebook} asserts the gradient coefficient of {row.name}"
+    assert any("gradient coefficient" in cell for cell in text["markdown"]), f"{row.notebook} does not state its gradient coefficient"

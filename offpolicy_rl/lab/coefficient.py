@@ -31,7 +31,8 @@ def coefficient(estimator: Callable, log_ratio: Tensor | Sequence[float] | None 
     behind = torch.full(shape, -6.0, dtype=torch.float64)
     zeros = torch.zeros(points, 1, dtype=torch.long)
     batch = dict(logp=behind + grid_s[:, None, None], logp_mu=behind, logp_old=behind, logp_ref=behind, mask=torch.ones_like(behind),
-                 value=torch.zeros_like(behind), mean_logp=behind, mean_logp_old=behind, adv=grid_a[:, None], reward=grid_a[:, None], group=zeros, age=zeros, expert=zeros.bool())
+                 value=torch.zeros_like(behind), mean_logp=behind, mean_logp_old=behind, adv=grid_a[:, None], reward=grid_a[:, None],
+                 group=zeros, age=zeros, expert=zeros.bool())
     return token_coefficients(objective_of(estimator, **knobs), batch).sum((1, 2)).view(len(s), len(a))
 
 # %% ../../nbs/lab/coefficient.ipynb #19212c7f
@@ -41,14 +42,15 @@ def coefficient_figure(estimators: Mapping[str, Callable], *, log_ratio: Tensor 
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    from offpolicy_rl.lab.figures import colour
+    from offpolicy_rl.lab.figures import colours
     s = default_log_ratios() if log_ratio is None else log_ratio
     fig = make_subplots(1, 2, subplot_titles=("a good response, A = 1", "a bad response, A = -1"), horizontal_spacing=0.1)
+    hues = colours(estimators)
     for name, fn in estimators.items():
         c = coefficient(fn, s, **knobs)
         for col in (0, 1):
             fig.add_trace(go.Scatter(x=s.tolist(), y=[round(v, 5) for v in c[:, col].tolist()], name=name, legendgroup=name, showlegend=col == 0,
-                                     line=dict(color=colour(name), width=2.5)), 1, col + 1)
+                                     line=dict(color=hues[name], width=2.5)), 1, col + 1)
     fig.update_xaxes(title_text="log-ratio s = log π − log μ, nats")
     fig.update_yaxes(title_text="coefficient c", range=[-0.3, clip], col=1)
     fig.update_yaxes(range=[-clip, 0.3], col=2)

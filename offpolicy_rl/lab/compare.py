@@ -38,13 +38,14 @@ class Comparison:
         import plotly.graph_objects as go
         from plotly.subplots import make_subplots
 
-        from offpolicy_rl.lab.figures import colour
+        from offpolicy_rl.lab.figures import colours
         fig = make_subplots(1, 2, subplot_titles=("points elsewhere by", "scatters by"), horizontal_spacing=0.13)
+        hues = colours(self.names)
         for name in self.names:
             for col, quantity in ((1, "direction_error"), (2, "relative_variance")):
                 xs, ys = self.series(name, quantity)
                 fig.add_trace(go.Scatter(x=xs, y=ys, name=name, legendgroup=name, showlegend=col == 1, mode="lines+markers",
-                                         line=dict(color=colour(name), width=2.5)), 1, col)
+                                         line=dict(color=hues[name], width=2.5)), 1, col)
         fig.update_xaxes(title_text=self.axis)
         fig.update_yaxes(title_text="sine of the angle to the gradient", range=[-0.03, 1.03], col=1)
         fig.update_yaxes(title_text="variance / |gradient|²", type="log", col=2)

@@ -108,7 +108,8 @@ def grid(explorer: Explorer) -> dict:
     """The explorer as JSON for a page's script: controls, labels and tables.
 
     A control has its values and the place where it begins. `idle` are knobs without effect on the grid, `held` those that are not on it."""
-    from offpolicy_rl.lab.explorer_view import LABELS, coefficient_range, colours
+    from offpolicy_rl.lab.explorer_view import LABELS, coefficient_range
+    from offpolicy_rl.lab.figures import colours
     toys = [n for n, t in explorer.toys.items() if number_of_draws(t, explorer.group_size) <= MOST_DRAWS]
     if not toys: raise ValueError(f"toys: expected one with at most {MOST_DRAWS} draws, got {', '.join(explorer.toys)}")
     worlds = [Enumeration(tuple(explorer.world(s) for s in _settings(n)), explorer.group_size) for n in toys]
@@ -118,7 +119,7 @@ def grid(explorer: Explorer) -> dict:
     span = np.round(coefficient_range(explorer), 3).tolist() if "coefficient" in tables else []
     return dict(version=1, name=explorer.name, kind=explorer.kind, group_size=explorer.group_size,
                 missing=explorer.missing.get("coefficient", ""),
-                methods=[dict(name=n, colour=c) for n, c in colours(explorer).items()], toys=toys, start=_start(explorer, toys),
+                methods=[dict(name=n, colour=c) for n, c in colours([explorer.name, *explorer.rivals]).items()], toys=toys, start=_start(explorer, toys),
                 knobs=[dict(name=n, values=v, start=v.index(explorer.start[n])) for n, v in axes.items()],
                 dials=[dict(name=n, label=LABELS[n], values=list(LEVELS[n])) for n in DIALS],
                 idle=_idle(axes, tables), held=[n for n in (*explorer.knobs, *explorer.held) if n not in axes],

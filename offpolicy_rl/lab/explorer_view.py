@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'MOST', 'LEAST_VARIANCE', 'SPAN', 'TRUE', 'WEIGHTS', 'LABELS', 'EXPLORER_MIME', 'FIGURE_MIME', 'WIDGET_MIME',
-           'colours', 'coefficient_range', 'figure', 'place', 'step', 'control', 'Fit', 'View', 'mimebundle']
+           'coefficient_range', 'figure', 'place', 'step', 'control', 'Fit', 'View', 'mimebundle']
 
 # %% ../../nbs/lab/explorer_view.ipynb #f0ce8186
 import html
@@ -22,7 +22,7 @@ try:
     from IPython import get_ipython
     from plotly.subplots import make_subplots
 
-    from offpolicy_rl.lab.figures import PALETTE, band, colour
+    from offpolicy_rl.lab.figures import band, colours
 except ImportError as problem:
     raise ImportError(f"the explorer needs plotly, ipywidgets and anywidget: pip install 'offpolicy_rl[lab]' ({problem})") from problem
 
@@ -32,14 +32,6 @@ LEAST_VARIANCE = 1e-3             # a smaller one, zero too, is drawn at the pan
 SPAN = 4.0                        # coefficients beyond are cut off the picture
 TRUE = "#999999"
 WEIGHTS = "weights in a batch"
-
-def colours(explorer: Explorer) -> dict[str, str]:
-    "A colour for the method and each rival, no two the same while the palette lasts."
-    out: dict[str, str] = {}
-    for name in [explorer.name, *explorer.rivals]:
-        free = [c for c in (colour(name), *PALETTE) if c not in out.values()]
-        out[name] = free[0] if free else colour(name)
-    return out
 
 def _coefficient_at(explorer: Explorer, turn: Mapping) -> np.ndarray | None:
     "The coefficient with a knob turned; None where the method refuses it beside the others."
@@ -87,7 +79,7 @@ def _blank(explorer: Explorer) -> go.Figure:
 def figure(explorer: Explorer, made: Mapping[str, np.ndarray] | None = None) -> go.Figure:
     "The six panels at the explorer's start, or with other numbers of `Explorer.compute`."
     made = explorer.compute() if made is None else made
-    hue, fig = colours(explorer), _blank(explorer)
+    hue, fig = colours([explorer.name, *explorer.rivals]), _blank(explorer)
     for name in [*explorer.rivals, explorer.name]:
         own = name == explorer.name
         line = dict(color=hue[name], width=3.5 if own else 1.8, dash=None if own else "dot")

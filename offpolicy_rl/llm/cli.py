@@ -78,6 +78,7 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
     add(what, "temperature", float, "of sampling")
     how = parser.add_argument_group("how to learn")
     add(how, "lr", float, "learning rate of AdamW")
+    add(how, "final_lr", float, "learning rate at the last update, reached along a straight line; constant by default")
     add(how, "warmup", int, "updates until the full learning rate")
     add(how, "grad_clip", float, "largest norm of the gradient")
     add(how, "weight_decay", float, "of AdamW")

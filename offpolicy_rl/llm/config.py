@@ -43,6 +43,7 @@ class TrainConfig:
     micro_batch: int | None = None     # responses in one forward pass; None: all
     lr: float = 3e-4
     critic_lr: float = 1e-3            # of the critic, where the recipe names `value`
+    final_lr: float | None = None      # at the last update, reached along a straight line; None: `lr` throughout
     warmup: int = 5                    # updates until the full learning rate
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
@@ -69,6 +70,8 @@ class TrainConfig:
             if getattr(self, name) is not None: _at_least(self, name, 1)
         for name in ("lr", "critic_lr", "grad_clip", "temperature"):
             if not 0 < getattr(self, name) < math.inf: raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
+        if self.final_lr is not None and not 0 <= self.final_lr <= self.lr:
+            raise ValueError(f"final_lr: expected None or a number from 0 to lr={self.lr:g}, got {self.final_lr!r}")
         if self.staleness != "offline": _at_least(self, "staleness", 1)
         _one_of(self, "old", (None, "behaviour", "proximal"))
         _one_of(self, "aggregate", (None, *AGGREGATES))

@@ -45,8 +45,8 @@ class Rollouts:
         "The responses `start` to `stop` with the prompts that they answer."
         return self.take(torch.arange(len(self), device=self.group.device)[start:stop])
 
-    def take(self, index: Int[Tensor, "k"]) -> "Rollouts":
-        "The responses of these numbers, in their order, with the prompts that they answer; a number may come twice."
+    def take(self, index: Tensor) -> "Rollouts":
+        "The responses of these numbers (k,), in their order, with the prompts that they answer; a number may come twice."
         asked, group = self.group[index].unique(return_inverse=True)
         cut = {name: getattr(self, name)[index] for name in ("tokens", "mask", "logp_mu", "version")}
         return replace(self, prompt_ids=self.prompt_ids[asked], prompt_mask=self.prompt_mask[asked], group=group, **cut,

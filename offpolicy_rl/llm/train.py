@@ -87,9 +87,9 @@ class Trainer:
         return rollouts
 
     def select(self, rollouts: Rollouts) -> Tensor:
-        "Numbers of the rows that the recipe's sampler takes."
+        "Numbers of the rows that the recipe's sampler takes; the reward that it sees is the verifier's, not a shaped one."
         batch = self.given(rollouts)
-        if self.recipe.advantage is not None: batch = replace(self.recipe, ratio=None).prepare(batch)
+        if self.recipe.advantage is not None: batch = {**replace(self.recipe, ratio=None).prepare(batch), "reward": batch["reward"]}
         return self.sampler.select(**arguments(self.recipe.sampler, batch), generator=self.generator)
 
     def rewards(self, rollouts: Rollouts) -> Tensor:
@@ -179,10 +179,15 @@ class Trainer:
             torch.autograd.backward([again[k] for k in grads], [policy[k].grad[rows] for k in grads])
         return loss.detach(), stats, {k: x.detach() for k, x in {**given, **policy}.items()}
 
+    def learning_rate(self) -> float:
+        "This update's: up to `lr` in `warmup` updates, and along a straight line to `final_lr` at the last one."
+        c = self.config
+        fall = 0 if c.final_lr is None else (c.lr - c.final_lr) * self.step / max(1, c.steps - 1)
+        return (c.lr - fall) * min(1, (self.step + 1) / max(1, c.warmup))
+
     def update(self, rollouts: Rollouts) -> dict[str, float]:
         "One optimiser step; returns the step's metrics."
-        lr = self.config.lr * min(1, (self.step + 1) / max(1, self.config.warmup))
-        for group in self.optimizer.param_groups: group["lr"] = lr
+        for group in self.optimizer.param_groups: group["lr"] = self.learning_rate()
         self.optimizer.zero_grad()
         try: loss, stats, batch = self.backward(rollouts)
         except ValueError as error: raise ValueError(f"step {self.step}: {error}") from error
