@@ -5,7 +5,7 @@ __all__ = ['Clip', 'alol', 'alol_token', 'alol_ref_free', 'alol_kl', 'r_lol', 'a
            'alol_token_loss', 'alol_ref_free_loss', 'alol_kl_loss', 'r_gold_loss', 'nll_loss',
            'AdvantageWeightedSampler']
 
-# %% ../../nbs/reinforce/alol.ipynb #efd63378
+# %% ../../nbs/reinforce/alol.ipynb #e5a663fd
 import functools
 import math
 from typing import Annotated
@@ -19,13 +19,13 @@ from ..ratios.importance import log_ratio
 from ..recipes import Recipe
 from .reinforce import baseline_advantage
 
-# %% ../../nbs/reinforce/alol.ipynb #8b8b7086
+# %% ../../nbs/reinforce/alol.ipynb #f36f6f62
 @method(family="reinforce", system=106, paper="arXiv:2305.14718")
 def alol_advantage(reward: PerSequence, value: PerToken) -> PerSequence:
     "How much better than the prompt's value the response is, and 0 where it is not better: V(x) is `value` before the first token."
     return (reward - value[:, 0]).clamp(min=0)
 
-# %% ../../nbs/reinforce/alol.ipynb #62695e4e
+# %% ../../nbs/reinforce/alol.ipynb #2e0917fc
 Clip = Annotated[float, Range(0.01, 1.0, log=True, limits=(0, math.inf))]
 
 def clipped_reinforce(ratio: PerToken, logp: PerToken, adv: Advantage, mask: TokenMask, eps: float,
@@ -42,7 +42,7 @@ def alol_loss(logp: PerToken, logp_ref: PerToken, adv: Advantage, mask: TokenMas
     ratio = bounded_exp(log_ratio(logp, logp_ref, mask).sum(-1, keepdim=True)).expand_as(mask)
     return clipped_reinforce(ratio, logp, adv, mask, eps, aggregate)
 
-# %% ../../nbs/reinforce/alol.ipynb #be53a277
+# %% ../../nbs/reinforce/alol.ipynb #222ef249
 @method(family="reinforce", system=106, paper="arXiv:2305.14718, A-LoL seq.")
 def alol_token_loss(logp: PerToken, logp_ref: PerToken, adv: Advantage, mask: TokenMask, *, eps: Clip = 0.9,
                     aggregate: Aggregate = seq_mean_token_sum) -> tuple[Tensor, Stats]:
@@ -63,7 +63,7 @@ def alol_kl_loss(logp: PerToken, logp_ref: PerToken, adv: Advantage, mask: Token
     distance = log_ratio(logp, logp_ref, mask)
     return aggregate(beta * distance - per_token(adv, mask) * logp, mask), dict(log_ratio=aggregate(distance.detach(), mask))
 
-# %% ../../nbs/reinforce/alol.ipynb #02c4cfe9
+# %% ../../nbs/reinforce/alol.ipynb #657e6b53
 @method(family="reinforce", system=106, paper="arXiv:2009.07839, as in arXiv:2305.14718")
 def r_gold_loss(logp: PerToken, adv: Advantage, mask: TokenMask, *, floor: Annotated[float, Range(0.01, 1, log=True, limits=(0, 1))] = 0.1,
                 aggregate: Aggregate = seq_mean_token_sum) -> tuple[Tensor, Stats]:
@@ -75,7 +75,7 @@ def nll_loss(logp: PerToken, mask: TokenMask, *, aggregate: Aggregate = seq_mean
     "Negative log-likelihood: imitate every response, whatever its reward."
     return aggregate(-logp, mask), {}
 
-# %% ../../nbs/reinforce/alol.ipynb #d9158e15
+# %% ../../nbs/reinforce/alol.ipynb #8797431f
 @method(family="reinforce", system=106, paper="arXiv:2305.14718")
 class AdvantageWeightedSampler:
     "Trains on as many responses as have a positive advantage, drawn with repetition in proportion to it."
@@ -89,7 +89,7 @@ class AdvantageWeightedSampler:
         if count == 0: return torch.zeros(0, dtype=torch.long, device=adv.device)
         return torch.multinomial(weight, count, replacement=True, generator=generator)
 
-# %% ../../nbs/reinforce/alol.ipynb #58c7c87e
+# %% ../../nbs/reinforce/alol.ipynb #e9b7c624
 _filtered = functools.partial(Recipe, advantage=alol_advantage, sampler=AdvantageWeightedSampler, paper="arXiv:2305.14718")
 alol = _filtered("alol", loss=alol_loss, note="one clipped ratio a response; responses drawn in proportion to their advantage")
 alol_token = _filtered("alol_token", loss=alol_token_loss, note="A-LoL seq: a clipped ratio for each token")

@@ -20,9 +20,10 @@ def value_advantage(reward_t: PerToken, value: PerToken, mask: TokenMask) -> Per
     "The reward that came at a token or later, less what the critic expected there."
     return (reward_t.flip(-1).cumsum(-1).flip(-1) - value) * mask
 
-# %% ../../nbs/reinforce/awr.ipynb #f72aae25
+# %% ../../nbs/reinforce/awr.ipynb #2fa219b0
 @method(family="reinforce", paper="arXiv:1910.00177")
-def awr_loss(logp: PerToken, adv: Advantage, mask: TokenMask, *, beta: Annotated[float, Range(0.05, 5, log=True, limits=(1e-3, math.inf))] = 1.0,
+def awr_loss(logp: PerToken, adv: Advantage, mask: TokenMask, *,
+             beta: Annotated[float, Range(0.05, 5, log=True, limits=(1e-3, math.inf))] = 1.0,
              cap: Annotated[float, Range(1, 100, log=True, limits=(0, math.inf))] = 20.0,
              aggregate: Aggregate = seq_mean_token_sum) -> tuple[torch.Tensor, Stats]:
     "Advantage-weighted regression: maximum likelihood, each token weighted by exp(A / beta), at most `cap`."

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['Beta', 'copg', 'group_pairs', 'differences', 'mean_gap', 'copg_loss', 'copg_squared_loss']
 
-# %% ../../nbs/reinforce/copg.ipynb #5a87bd9a
+# %% ../../nbs/reinforce/copg.ipynb #5884548e
 from typing import Annotated
 
 import torch
@@ -13,7 +13,7 @@ from ..core import PerSequence, PerToken, Range, SequenceIds, Stats, TokenMask, 
 from ..ratios.importance import log_ratio
 from ..recipes import Recipe
 
-# %% ../../nbs/reinforce/copg.ipynb #8747085d
+# %% ../../nbs/reinforce/copg.ipynb #4b7d91df
 Beta = Annotated[float, Range(0.01, 2, log=True, limits=(0, 1e6))]
 
 def group_pairs(group: SequenceIds, mask: TokenMask) -> Tensor:
@@ -39,7 +39,7 @@ def copg_loss(logp: PerToken, logp_ref: PerToken, reward: PerSequence, group: Se
     gain = (differences(reward.detach()) - beta / 2 * d_delta) * d_delta
     return -(pair * gain).sum() / pair.sum().clamp(min=1), mean_gap(delta, pair)
 
-# %% ../../nbs/reinforce/copg.ipynb #a216da8a
+# %% ../../nbs/reinforce/copg.ipynb #13c42dec
 @method(family="reinforce", system=100, paper="arXiv:2406.19185, the squared form for k samples of arXiv:2504.00698")
 def copg_squared_loss(logp: PerToken, logp_ref: PerToken, reward: PerSequence, group: SequenceIds, mask: TokenMask, *,
                       beta: Beta = 0.1) -> tuple[Tensor, Stats]:
@@ -50,5 +50,5 @@ def copg_squared_loss(logp: PerToken, logp_ref: PerToken, reward: PerSequence, g
     squares = (pair * differences(reward.detach() - beta * delta) ** 2).sum(-1) / others.clamp(min=1)
     return squares.sum() / 2 / prompts.clamp(min=1), mean_gap(delta, pair)
 
-# %% ../../nbs/reinforce/copg.ipynb #699f3fef
+# %% ../../nbs/reinforce/copg.ipynb #2bb7e805
 copg = Recipe("copg", loss=copg_loss, paper="arXiv:2406.19185", note="all pairs of a group; the frozen start of training is the reference")

@@ -4,7 +4,7 @@
 __all__ = ['Alpha', 'Weight', 'dmpo', 'dmpo_kl', 'dmpo_only', 'mean_token_logp', 'group_log_softmax', 'members', 'prompt_mean',
            'matching', 'squared_error', 'dmpo_penalty', 'dmpo_loss', 'dmpo_kl_penalty']
 
-# %% ../../nbs/reinforce/dmpo.ipynb #9bcbf03d
+# %% ../../nbs/reinforce/dmpo.ipynb #db74bb03
 import math
 from dataclasses import replace
 from typing import Annotated
@@ -15,7 +15,7 @@ from ..core import PerSequence, PerToken, Range, SequenceIds, Stats, TokenMask, 
 from ..ratios.ppo import grpo
 from ..recipes import Recipe
 
-# %% ../../nbs/reinforce/dmpo.ipynb #4481615a
+# %% ../../nbs/reinforce/dmpo.ipynb #a8555eb0
 Alpha = Annotated[float, Range(0.02, 5, log=True, limits=(1e-4, math.inf))]
 Weight = Annotated[float, Range(0, 10, limits=(0, math.inf))]
 
@@ -39,7 +39,7 @@ def prompt_mean(score: PerSequence, group: SequenceIds, mask: TokenMask) -> torc
     prompts = (live / members(group, mask, score.dtype)).sum().clamp(min=1)
     return (score * live).sum() / prompts
 
-# %% ../../nbs/reinforce/dmpo.ipynb #d2a0fdf8
+# %% ../../nbs/reinforce/dmpo.ipynb #b5b5ea20
 def matching(logp: PerToken, reward: PerSequence, group: SequenceIds, mask: TokenMask, alpha: float) -> tuple[PerSequence, PerSequence]:
     "log p and log q: the group's Boltzmann target of the rewards, and the group's softmax of the policy's mean token log-probabilities."
     return group_log_softmax(reward.detach() / alpha, group, mask), group_log_softmax(mean_token_logp(logp, mask), group, mask)
@@ -54,9 +54,10 @@ def dmpo_penalty(logp: PerToken, reward: PerSequence, group: SequenceIds, mask: 
     "Distribution matching beside GRPO's loss: hold the responses' shares of their group near a Boltzmann target of the rewards."
     return weight * squared_error(*matching(logp, reward, group, mask, alpha), group, mask)
 
-# %% ../../nbs/reinforce/dmpo.ipynb #9801d064
+# %% ../../nbs/reinforce/dmpo.ipynb #87735a35
 @method(family="reinforce", system=69, paper="arXiv:2605.19461, the matching term alone")
-def dmpo_loss(logp: PerToken, reward: PerSequence, group: SequenceIds, mask: TokenMask, *, alpha: Alpha = 1 / 15) -> tuple[torch.Tensor, Stats]:
+def dmpo_loss(logp: PerToken, reward: PerSequence, group: SequenceIds, mask: TokenMask, *, alpha: Alpha = 1 / 15,
+              ) -> tuple[torch.Tensor, Stats]:
     "Distribution matching alone, without a policy gradient: each group's shares brought to a Boltzmann target of its rewards."
     log_p, log_q = matching(logp, reward, group, mask, alpha)
     distance = prompt_mean((log_p.exp() - log_q.exp()).detach().abs() / 2, group, mask)
@@ -69,7 +70,7 @@ def dmpo_kl_penalty(logp: PerToken, reward: PerSequence, group: SequenceIds, mas
     log_p, log_q = matching(logp, reward, group, mask, alpha)
     return weight * prompt_mean(log_p.exp() * (log_p - log_q), group, mask)
 
-# %% ../../nbs/reinforce/dmpo.ipynb #9af90a93
+# %% ../../nbs/reinforce/dmpo.ipynb #c9e93fe6
 dmpo = replace(grpo, name="dmpo", penalties=(dmpo_penalty,), paper="arXiv:2605.19461",
                note="GRPO's loss, and each group's shares matched to a Boltzmann target of its rewards")
 dmpo_kl = replace(grpo, name="dmpo_kl", penalties=(dmpo_kl_penalty,), paper="arXiv:2605.19461, with the divergence itself",

@@ -3,19 +3,18 @@
 # %% auto #0
 __all__ = ['Rho', 'rover', 'at_next_token', 'bootstrap', 'rover_loss', 'rover_no_bootstrap_loss', 'rover_response_loss']
 
-# %% ../../nbs/reinforce/rover.ipynb #d8d4526f
-import math
+# %% ../../nbs/reinforce/rover.ipynb #de18f5e4
 from typing import Annotated
 
 import torch
 
 from ..advantages.grpo import dr_grpo_advantage
-from ..core import (Advantage, Aggregate, PerSequence, PerToken, Range, Stats, TokenMask, lengths, method, per_sequence, per_token,
+from ..core import (Advantage, Aggregate, PerToken, Range, Stats, TokenMask, lengths, method, per_sequence, per_token,
                                seq_mean_token_mean, token_mean)
 from ..ratios.importance import log_ratio
 from ..recipes import Recipe
 
-# %% ../../nbs/reinforce/rover.ipynb #fc7d8c3c
+# %% ../../nbs/reinforce/rover.ipynb #352275a8
 Rho = Annotated[float, Range(0.1, 10, log=True, limits=(1e-6, 1e6))]
 
 def at_next_token(x: PerToken, mask: TokenMask) -> PerToken:
@@ -30,15 +29,17 @@ def bootstrap(mean_logp: PerToken, mean_logp_old: PerToken, mask: TokenMask, rho
     "b: what the uniform policy expects of the next state, the mean over the vocabulary of rho (log pi - log pi_old) there; detached."
     return rho * at_next_token((mean_logp - mean_logp_old).detach() * mask, mask)
 
-# %% ../../nbs/reinforce/rover.ipynb #abbefc46
+# %% ../../nbs/reinforce/rover.ipynb #ecc1e3e6
 @method(family="reinforce", system=173, paper="arXiv:2509.24981")
-def rover_loss(logp: PerToken, logp_old: PerToken, adv: Advantage, mask: TokenMask, mean_logp: PerToken, mean_logp_old: PerToken, *, rho: Rho = 1.0,
-               next_scale: Annotated[float, Range(0, 2, limits=(-10, 10))] = 1.0, aggregate: Aggregate = token_mean) -> tuple[torch.Tensor, Stats]:
+def rover_loss(logp: PerToken, logp_old: PerToken, adv: Advantage, mask: TokenMask, mean_logp: PerToken, mean_logp_old: PerToken, *,
+               rho: Rho = 1.0, next_scale: Annotated[float, Range(0, 2, limits=(-10, 10))] = 1.0, aggregate: Aggregate = token_mean,
+               ) -> tuple[torch.Tensor, Stats]:
     "Evaluate the uniformly random policy: the log-ratio as its Q, regressed on the centred reward plus the mean Q of the next state."
     q = rho * log_ratio(logp, logp_old, mask)
     target = per_token(adv, mask).detach() + next_scale * bootstrap(mean_logp, mean_logp_old, mask, rho)
     return aggregate((q - target) ** 2, mask), dict(bellman_error=token_mean((q - target).detach().abs(), mask))
 
+# %% ../../nbs/reinforce/rover.ipynb #3e47924e
 @method(family="reinforce", system=173, paper="arXiv:2509.24981, without the next state")
 def rover_no_bootstrap_loss(logp: PerToken, logp_old: PerToken, adv: Advantage, mask: TokenMask, *, rho: Rho = 1.0,
                             aggregate: Aggregate = token_mean) -> tuple[torch.Tensor, Stats]:
@@ -54,6 +55,6 @@ def rover_response_loss(logp: PerToken, logp_old: PerToken, adv: Advantage, mask
     error = (q - per_sequence(adv, mask).detach())[:, None].expand_as(mask)
     return seq_mean_token_mean(error ** 2, mask), {}
 
-# %% ../../nbs/reinforce/rover.ipynb #608cb366
+# %% ../../nbs/reinforce/rover.ipynb #a99aaf95
 rover = Recipe("rover", advantage=dr_grpo_advantage, loss=rover_loss, paper="arXiv:2509.24981",
                note="the centred reward, not divided by the group's standard deviation; no clip, no KL")
