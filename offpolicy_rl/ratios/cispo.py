@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['Floor', 'Cap', 'cispo', 'capped_weight', 'cispo_loss', 'masked_cispo_loss']
 
-# %% ../../nbs/ratios/cispo.ipynb #52bedcc9
+# %% ../../nbs/ratios/cispo.ipynb #b7892503
 import math
 from typing import Annotated
 
@@ -14,7 +14,7 @@ from ..core import Advantage, Aggregate, PerToken, Range, Stats, TokenMask, boun
 from .importance import log_ratio
 from ..recipes import Recipe
 
-# %% ../../nbs/ratios/cispo.ipynb #edb681b6
+# %% ../../nbs/ratios/cispo.ipynb #d0e7fdd8
 Floor = Annotated[float, Range(0.0, 1.0, limits=(0, math.inf))]               # 1 or more: a ratio is never below 0, so there is no lower bound
 Cap = Annotated[float, Range(0.1, 10.0, log=True, limits=(0, math.inf))]
 
@@ -31,7 +31,7 @@ def cispo_loss(logp: PerToken, logp_old: PerToken, adv: Advantage, mask: TokenMa
     loss = aggregate(-weight * per_token(adv, mask) * logp, mask)
     return loss, dict(capped_fraction=token_mean((ratio != weight).to(ratio.dtype), mask))
 
-# %% ../../nbs/ratios/cispo.ipynb #8603355c
+# %% ../../nbs/ratios/cispo.ipynb #4b9d3f8f
 @method(family="ratios", paper="arXiv:2506.13585, unified form")
 def masked_cispo_loss(logp: PerToken, logp_old: PerToken, adv: Advantage, mask: TokenMask, *, eps_low: Floor = 1.0, eps_high: Cap = 0.28,
                       mask_low: Floor = 1.0, mask_high: Cap = 0.28, aggregate: Aggregate = token_mean) -> tuple[torch.Tensor, Stats]:
@@ -42,6 +42,6 @@ def masked_cispo_loss(logp: PerToken, logp_old: PerToken, adv: Advantage, mask: 
     loss = aggregate(-torch.where(stopped, 0, weight) * adv * logp, mask)
     return loss, dict(clip_fraction=token_mean(stopped.to(ratio.dtype), mask))
 
-# %% ../../nbs/ratios/cispo.ipynb #6681e3a4
+# %% ../../nbs/ratios/cispo.ipynb #f615f786
 cispo = Recipe("cispo", advantage=grpo_advantage, loss=cispo_loss, paper="arXiv:2506.13585",
                note="token ratios capped at 5, no lower bound, token mean; every token keeps its gradient")

@@ -4,7 +4,7 @@
 __all__ = ['WeightCap', 'decoupled_ppo', 'decoupled_ppo_masked', 'decoupled_ppo_loss', 'decoupled_ppo_masked_loss',
            'proximal_share', 'loglinear_proximal', 'linear_proximal']
 
-# %% ../../nbs/ratios/decoupled.ipynb #b3fbe918
+# %% ../../nbs/ratios/decoupled.ipynb #05a78f4b
 import math
 from typing import Annotated
 
@@ -16,7 +16,7 @@ from .importance import log_ratio
 from .ppo import Clip, clip_fraction, clipped_surrogate
 from ..recipes import Recipe
 
-# %% ../../nbs/ratios/decoupled.ipynb #907f13c0
+# %% ../../nbs/ratios/decoupled.ipynb #96664cab
 WeightCap = Annotated[float, Range(1.0, 20.0, log=True, limits=(0, math.inf))]
 
 def _weighted(logp: PerToken, logp_old: PerToken, weight: PerToken, adv: Advantage, mask: TokenMask, eps_low: float, eps_high: float,
@@ -29,22 +29,23 @@ def _weighted(logp: PerToken, logp_old: PerToken, weight: PerToken, adv: Advanta
 @method(family="ratios", paper="arXiv:2505.24298")
 def decoupled_ppo_loss(logp: PerToken, logp_old: PerToken, logp_mu: PerToken, adv: Advantage, mask: TokenMask, *, eps_low: Clip = 0.2,
                        eps_high: Clip = 0.2, weight_cap: WeightCap = 5.0, aggregate: Aggregate = token_mean) -> tuple[torch.Tensor, Stats]:
-    "PPO-clip around the proximal policy, each token weighted by how much likelier that policy was to say it than the sampler, at most `weight_cap`."
+    "PPO-clip around the proximal policy, each token weighted by proximal policy over sampler, at most `weight_cap`."
     weight = bounded_exp(log_ratio(logp_old, logp_mu, mask).detach()).clamp(max=weight_cap)
     return _weighted(logp, logp_old, weight, adv, mask, eps_low, eps_high, aggregate)
 
 @method(family="ratios", paper="arXiv:2505.24298")
-def decoupled_ppo_masked_loss(logp: PerToken, logp_old: PerToken, logp_mu: PerToken, adv: Advantage, mask: TokenMask, *, eps_low: Clip = 0.2,
-                              eps_high: Clip = 0.2, weight_cap: WeightCap = 5.0, aggregate: Aggregate = token_mean) -> tuple[torch.Tensor, Stats]:
+def decoupled_ppo_masked_loss(logp: PerToken, logp_old: PerToken, logp_mu: PerToken, adv: Advantage, mask: TokenMask, *,
+                              eps_low: Clip = 0.2, eps_high: Clip = 0.2, weight_cap: WeightCap = 5.0,
+                              aggregate: Aggregate = token_mean) -> tuple[torch.Tensor, Stats]:
     "Decoupled PPO that leaves out a token whose weight exceeds `weight_cap`; the mean is still over all tokens."
     weight = bounded_exp(log_ratio(logp_old, logp_mu, mask).detach())
     return _weighted(logp, logp_old, weight * (weight <= weight_cap), adv, mask, eps_low, eps_high, aggregate)
 
-# %% ../../nbs/ratios/decoupled.ipynb #ee726fba
+# %% ../../nbs/ratios/decoupled.ipynb #cd67a80f
 def proximal_share(age: SequenceIds, lag: int = 1) -> torch.Tensor:
     """How far (b,) from the sampler to the present policy the proximal policy is, counted in versions: 0 is the sampler, 1 the policy.
 
-    age: versions between sampler and policy; lag: versions between proximal policy and policy. Raises ValueError where either is negative."""
+    age: versions between sampler and policy; lag: between proximal policy and policy. Raises ValueError where either is negative."""
     if lag < 0: raise ValueError(f"lag: expected 0 or more versions, got {lag}")
     if (age < 0).any(): raise ValueError(f"age: expected 0 or more versions, got {int(age.min())}")
     return ((age - lag).clamp(min=0) / age.clamp(min=1)).to(torch.float64)
@@ -59,7 +60,7 @@ def linear_proximal(logp: PerToken, logp_mu: PerToken, age: SequenceIds, *, lag:
     share = proximal_share(age, lag)[:, None].to(logp.dtype)
     return torch.logaddexp((1 - share).log() + logp_mu, share.log() + logp.detach())
 
-# %% ../../nbs/ratios/decoupled.ipynb #cc0c38d9
+# %% ../../nbs/ratios/decoupled.ipynb #d01a9180
 decoupled_ppo = Recipe("decoupled_ppo", advantage=grpo_advantage, loss=decoupled_ppo_loss, paper="arXiv:2505.24298",
                        note="PPO around the trainer's snapshot, each token weighted by snapshot over sampler, at most 5")
 decoupled_ppo_masked = Recipe("decoupled_ppo_masked", advantage=grpo_advantage, loss=decoupled_ppo_masked_loss, paper="arXiv:2505.24298",

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['LogClip', 'gmpo', 'clipped_log_ratio', 'gmpo_loss']
 
-# %% ../../nbs/ratios/gmpo.ipynb #6a228efe
+# %% ../../nbs/ratios/gmpo.ipynb #6670b0fd
 import math
 from typing import Annotated
 
@@ -15,7 +15,7 @@ from ..core import (Advantage, Aggregate, PerToken, Range, Stats, TokenMask, bou
 from .importance import log_ratio
 from ..recipes import Recipe
 
-# %% ../../nbs/ratios/gmpo.ipynb #dac35898
+# %% ../../nbs/ratios/gmpo.ipynb #75cbd550
 LogClip = Annotated[float, Range(0.01, 4.0, log=True, limits=(0, math.inf))]
 
 def clipped_log_ratio(log_ratio: PerToken, adv: PerToken, eps: float) -> PerToken:
@@ -33,6 +33,6 @@ def gmpo_loss(logp: PerToken, logp_old: PerToken, adv: Advantage, mask: TokenMas
     stopped = ((adv > 0) & (s > eps)) | ((adv < 0) & (s < -eps))
     return aggregate(-adv * bounded_exp(mean), mask), dict(clip_fraction=token_mean(stopped.to(adv.dtype), mask))
 
-# %% ../../nbs/ratios/gmpo.ipynb #39bfd69e
+# %% ../../nbs/ratios/gmpo.ipynb #509d0123
 gmpo = Recipe("gmpo", advantage=grpo_advantage, loss=gmpo_loss, paper="arXiv:2507.20673",
               note="geometric mean of the token ratios, each clipped to (e^-0.4, e^0.4) in log space")

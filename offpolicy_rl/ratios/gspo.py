@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['NarrowClip', 'gspo', 'gspo_token', 'geometric_mean_ratio', 'gspo_loss', 'gspo_token_loss']
 
-# %% ../../nbs/ratios/gspo.ipynb #058ea83d
+# %% ../../nbs/ratios/gspo.ipynb #8348aa07
 import math
 from typing import Annotated
 
@@ -16,14 +16,14 @@ from .importance import log_ratio
 from .ppo import clip_fraction, clipped_surrogate
 from ..recipes import Recipe
 
-# %% ../../nbs/ratios/gspo.ipynb #facc7d91
+# %% ../../nbs/ratios/gspo.ipynb #3a1a1e69
 NarrowClip = Annotated[float, Range(1e-4, 1.0, log=True, limits=(0, math.inf))]
 
 def geometric_mean_ratio(logp: PerToken, logp_old: PerToken, mask: TokenMask) -> PerSequence:
     "The sequence's ratio to the power 1/length: the geometric mean of its tokens' ratios, with gradient; 1 for a row without tokens."
     return bounded_exp(log_ratio(logp, logp_old, mask).sum(-1) / lengths(mask).clamp(min=1))
 
-# %% ../../nbs/ratios/gspo.ipynb #8f9588da
+# %% ../../nbs/ratios/gspo.ipynb #5e48e6d3
 @method(family="ratios", paper="arXiv:2507.18071")
 def gspo_loss(logp: PerToken, logp_old: PerToken, adv: Advantage, mask: TokenMask, *, eps_low: NarrowClip = 3e-4, eps_high: NarrowClip = 4e-4,
               aggregate: Aggregate = seq_mean_token_mean) -> tuple[torch.Tensor, Stats]:
@@ -33,7 +33,7 @@ def gspo_loss(logp: PerToken, logp_old: PerToken, adv: Advantage, mask: TokenMas
     loss = aggregate(-clipped_surrogate(ratio, adv, eps_low, eps_high), mask)
     return loss, dict(clip_fraction=clip_fraction(ratio.detach(), adv, mask, eps_low, eps_high))
 
-# %% ../../nbs/ratios/gspo.ipynb #b93daed9
+# %% ../../nbs/ratios/gspo.ipynb #42e382bc
 @method(family="ratios", paper="arXiv:2507.18071")
 def gspo_token_loss(logp: PerToken, logp_old: PerToken, adv: Advantage, mask: TokenMask, *, eps_low: NarrowClip = 3e-4, eps_high: NarrowClip = 4e-4,
                     aggregate: Aggregate = seq_mean_token_mean) -> tuple[torch.Tensor, Stats]:
@@ -43,7 +43,7 @@ def gspo_token_loss(logp: PerToken, logp_old: PerToken, adv: Advantage, mask: To
     loss = aggregate(-clipped_surrogate(ratio, adv, eps_low, eps_high), mask)
     return loss, dict(clip_fraction=clip_fraction(ratio.detach(), adv, mask, eps_low, eps_high))
 
-# %% ../../nbs/ratios/gspo.ipynb #588d903a
+# %% ../../nbs/ratios/gspo.ipynb #647b8c57
 gspo = Recipe("gspo", advantage=grpo_advantage, loss=gspo_loss, paper="arXiv:2507.18071",
               note="one length-normalised ratio a response, clipped to [1 - 3e-4, 1 + 4e-4]")
 gspo_token = Recipe("gspo_token", advantage=grpo_advantage, loss=gspo_token_loss, paper="arXiv:2507.18071",

@@ -35,18 +35,20 @@ def sequence_ratio(logp: PerToken, logp_mu: PerToken, mask: TokenMask) -> PerTok
     "The product of the ratios of the whole response, given to each of its tokens: unbiased, with a variance that grows exponentially with length."
     return bounded_exp(log_ratio(logp, logp_mu, mask).detach().sum(-1, keepdim=True)) * mask
 
+# %% ../../nbs/ratios/importance.ipynb #692e0b38
 @method(family="ratios", paper="arXiv:2507.18071")
 def geometric_ratio(logp: PerToken, logp_mu: PerToken, mask: TokenMask) -> PerToken:
     "The geometric mean of a response's ratios, given to each of its tokens: hardly any variance, and the bias of almost no correction."
     mean = log_ratio(logp, logp_mu, mask).detach().sum(-1, keepdim=True) / lengths(mask).clamp(min=1)[:, None]
     return bounded_exp(mean) * mask
 
+# %% ../../nbs/ratios/importance.ipynb #1e9b1852
 @method(family="ratios", paper="textbook")
 def self_normalised_ratio(logp: PerToken, logp_mu: PerToken, mask: TokenMask) -> PerToken:
     "The sequence ratio in units of its mean over the batch: weights that average to 1, at most the batch's size, with a bias that falls as 1/b."
     total, live = log_ratio(logp, logp_mu, mask).detach().sum(-1), lengths(mask) > 0
-    log_mean = total.masked_fill(~live, -math.inf).logsumexp(0) - live.sum().clamp(min=1).log()
-    return torch.where(live, total - torch.where(live.any(), log_mean, 0), 0).exp()[:, None] * mask
+    weight = live.sum() * total.masked_fill(~live, -math.inf).softmax(0)
+    return torch.where(live, weight, 0)[:, None] * mask
 
 # %% ../../nbs/ratios/importance.ipynb #d3966f35
 def effective_sample_size(weight: PerSequence) -> Tensor:

@@ -7,7 +7,7 @@ __all__ = ['Bound', 'Floor', 'Limit', 'tis', 'tis_sequence', 'mis', 'icepop', 't
            'mean_k2_rejection_ratio', 'mean_k3_rejection_ratio', 'sum_k2_rejection_ratio', 'sum_k3_rejection_ratio',
            'keep_top_k', 'keep_top_p', 'keep_min_p', 'kept_log_mass', 'truncated_logp', 'token_logp']
 
-# %% ../../nbs/ratios/tis.ipynb #6b75f964
+# %% ../../nbs/ratios/tis.ipynb #fe826589
 import math
 from typing import Annotated
 
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from ..advantages.grpo import grpo_advantage
-from ..core import Advantage, PerSequence, PerToken, PerVocab, Range, TokenIds, TokenMask, bounded_exp, lengths, method, per_token
+from ..core import Advantage, PerToken, PerVocab, Range, TokenIds, TokenMask, bounded_exp, lengths, method, per_token
 from .importance import log_ratio
 from .ppo import ppo_loss
 from ..recipes import Recipe
 
-# %% ../../nbs/ratios/tis.ipynb #117cf541
+# %% ../../nbs/ratios/tis.ipynb #6b50ea4e
 Bound = Annotated[float, Range(1.0, 10.0, log=True, limits=(0, math.inf))]
 Floor = Annotated[float, Range(0.0, 1.0, limits=(0, math.inf))]
 
@@ -34,7 +34,7 @@ def truncated_sequence_ratio(logp_old: PerToken, logp_mu: PerToken, mask: TokenM
     "The same ratio for the whole response, at most `cap`, given to each of its tokens."
     return bounded_exp(log_ratio(logp_old, logp_mu, mask).detach().sum(-1, keepdim=True)).clamp(max=cap) * mask
 
-# %% ../../nbs/ratios/tis.ipynb #a701cce7
+# %% ../../nbs/ratios/tis.ipynb #789ab150
 def _inside(weight: Tensor, low: float, high: float) -> Tensor:
     "1 where low <= weight <= high, else 0."
     return ((weight >= low) & (weight <= high)).to(weight.dtype)
@@ -54,18 +54,19 @@ def masked_sequence_ratio(logp_old: PerToken, logp_mu: PerToken, mask: TokenMask
 @method(family="ratios", paper="arXiv:2512.02556")
 def deepseek_mask_ratio(logp: PerToken, logp_mu: PerToken, adv: Advantage, mask: TokenMask, *,
                         delta: Annotated[float, Range(0.01, 2.0, log=True, limits=(0, math.inf))] = 0.5) -> PerToken:
-    """DeepSeek-V3.2's off-policy sequence mask: a bad response counts only while the policy is within `delta` nats a token of who sampled it.
+    """DeepSeek-V3.2's off-policy sequence mask: a bad response counts only while the policy is near who sampled it.
 
-    The distance is the mean of log mu - log pi over the response's own tokens; good responses always count. The paper gives no `delta`."""
+    Near is at most `delta` nats a token; the distance is the mean of log mu - log pi over the response's own tokens.
+    Good responses always count. The paper gives no `delta`."""
     distance = -log_ratio(logp, logp_mu, mask).detach().sum(-1, keepdim=True) / lengths(mask).clamp(min=1)[:, None]
     return ((per_token(adv, mask) >= 0) | (distance <= delta)).to(mask.dtype) * mask
 
-# %% ../../nbs/ratios/tis.ipynb #38402470
+# %% ../../nbs/ratios/tis.ipynb #e4221a90
 Limit = Annotated[float, Range(0.001, 3.0, log=True, limits=(0, math.inf))]
 
 @method(family="ratios", paper="Liu et al. 2025, richardli.xyz/rl-collapse")
 def token_rejection_ratio(logp_old: PerToken, logp_mu: PerToken, mask: TokenMask, *, low: Floor = 0.5, high: Bound = 2.0) -> PerToken:
-    "1 for each token whose ratio lies in [low, high], else 0: no weight, only a choice. The per-token rules k1, k2 and k3 are all of this form."
+    "1 for each token whose ratio lies in [low, high], else 0: no weight, only a choice (per token, k1, k2 and k3 are all of this form)."
     return _inside(bounded_exp(log_ratio(logp_old, logp_mu, mask).detach()), low, high) * mask
 
 @method(family="ratios", paper="Liu et al. 2025, richardli.xyz/rl-collapse")
@@ -74,7 +75,8 @@ def sequence_rejection_ratio(logp_old: PerToken, logp_mu: PerToken, mask: TokenM
     return _inside(bounded_exp(log_ratio(logp_old, logp_mu, mask).detach().sum(-1, keepdim=True)), low, high) * mask
 
 @method(family="ratios", paper="Liu et al. 2025, richardli.xyz/rl-collapse")
-def geometric_rejection_ratio(logp_old: PerToken, logp_mu: PerToken, mask: TokenMask, *, low: Floor = 0.999, high: Bound = 1.001) -> PerToken:
+def geometric_rejection_ratio(logp_old: PerToken, logp_mu: PerToken, mask: TokenMask, *, low: Floor = 0.999,
+                              high: Bound = 1.001) -> PerToken:
     "1 for each response whose geometric mean ratio lies in [low, high] (k1, averaged): longer responses are not rejected more."
     mean = log_ratio(logp_old, logp_mu, mask).detach().sum(-1, keepdim=True) / lengths(mask).clamp(min=1)[:, None]
     return _inside(bounded_exp(mean), low, high) * mask
@@ -85,7 +87,7 @@ def all_tokens_rejection_ratio(logp_old: PerToken, logp_mu: PerToken, mask: Toke
     kept = _inside(bounded_exp(log_ratio(logp_old, logp_mu, mask).detach()), low, high)
     return (1 - (1 - kept) * mask).prod(-1, keepdim=True) * mask
 
-# %% ../../nbs/ratios/tis.ipynb #803802fb
+# %% ../../nbs/ratios/tis.ipynb #926d2594
 def _k2(s: Tensor) -> Tensor:
     "Half the squared log-ratio."
     return s.clamp(-40, 40).square() / 2
@@ -116,9 +118,9 @@ def sum_k3_rejection_ratio(logp_old: PerToken, logp_mu: PerToken, mask: TokenMas
     "1 for each response whose tokens have k3 that add up to at most `limit`: the longer, the less."
     return (_k3(log_ratio(logp_old, logp_mu, mask).detach()).sum(-1, keepdim=True) <= limit).to(mask.dtype) * mask
 
-# %% ../../nbs/ratios/tis.ipynb #212ee4eb
+# %% ../../nbs/ratios/tis.ipynb #55d8731a
 def keep_top_k(logits: PerVocab, k: int) -> PerVocab:
-    "The logits with all but the `k` largest at -inf. What ties with the k-th stays, as in vLLM and transformers. Raises ValueError for k < 1."
+    "The logits with all but the `k` largest at -inf; what ties with the k-th stays, as in vLLM and transformers. ValueError for k < 1."
     if k < 1: raise ValueError(f"k: expected 1 or more, got {k}")
     least = logits.topk(min(k, logits.shape[-1]), dim=-1).values[..., -1:]
     return logits.masked_fill(logits < least, -math.inf)
@@ -136,12 +138,12 @@ def keep_top_p(logits: PerVocab, p: float) -> PerVocab:
     return logits.masked_fill(torch.zeros_like(leaves).scatter(-1, order, leaves), -math.inf)
 
 def keep_min_p(logits: PerVocab, p: float) -> PerVocab:
-    "The logits with every token at -inf that is less than `p` times as probable as the most probable one. Raises ValueError unless 0 <= p <= 1."
+    "The logits with every token at -inf that is less than `p` times as probable as the likeliest. ValueError unless 0 <= p <= 1."
     if not 0 <= p <= 1: raise ValueError(f"p: expected a share of the highest probability, got {p}")
     if p == 0: return logits
     return logits.masked_fill(logits < logits.max(-1, keepdim=True).values + math.log(p), -math.inf)
 
-# %% ../../nbs/ratios/tis.ipynb #06642974
+# %% ../../nbs/ratios/tis.ipynb #40f20983
 def kept_log_mass(logits: PerVocab, kept: PerVocab) -> PerToken:
     "log Z, b t: the logarithm of the probability that `logits` give to the tokens that are finite in `kept`."
     return logits.masked_fill(torch.isneginf(kept), -math.inf).logsumexp(-1) - logits.logsumexp(-1)
@@ -151,15 +153,17 @@ def truncated_logp(logp: PerToken, log_mass: PerToken) -> PerToken:
     return logp - log_mass
 
 def token_logp(logits: PerVocab, token: TokenIds) -> PerToken:
-    "log-softmax of `logits` at each token, b t: -inf where the token has been removed. Differentiable; with removed tokens it is the truncated policy's."
+    "log-softmax of `logits` at each token, b t, differentiable: the truncated policy's where `logits` have removed tokens at -inf."
     return logits.log_softmax(-1).gather(-1, token[..., None])[..., 0]
 
-# %% ../../nbs/ratios/tis.ipynb #318166e9
-tis = Recipe("tis", advantage=grpo_advantage, ratio=truncated_token_ratio, loss=ppo_loss, paper="Yao et al. 2025, fengyao.notion.site/off-policy-rl",
+# %% ../../nbs/ratios/tis.ipynb #f3bb855e
+tis = Recipe("tis", advantage=grpo_advantage, ratio=truncated_token_ratio, loss=ppo_loss,
+             paper="Yao et al. 2025, fengyao.notion.site/off-policy-rl",
              note="PPO around the trainer's snapshot, each token weighted by snapshot over engine, at most 2")
 tis_sequence = Recipe("tis_sequence", advantage=grpo_advantage, ratio=truncated_sequence_ratio, loss=ppo_loss,
                       paper="Yao et al. 2025, fengyao.notion.site/off-policy-rl", note="the same with the whole response's ratio")
-mis = Recipe("mis", advantage=grpo_advantage, ratio=masked_sequence_ratio, loss=ppo_loss, paper="Liu et al. 2025, richardli.xyz/rl-collapse",
+mis = Recipe("mis", advantage=grpo_advantage, ratio=masked_sequence_ratio, loss=ppo_loss,
+             paper="Liu et al. 2025, richardli.xyz/rl-collapse",
              note="PPO around the trainer's snapshot; a response whose ratio to the engine exceeds 3 is left out")
 icepop = Recipe("icepop", advantage=grpo_advantage, ratio=masked_token_ratio, loss=ppo_loss, paper="arXiv:2510.18855",
                 note="PPO around the trainer's snapshot; a token whose ratio to the engine is outside [0.5, 5] is left out")

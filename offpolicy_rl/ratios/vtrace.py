@@ -4,7 +4,7 @@
 __all__ = ['Share', 'Most', 'vtrace', 'following', 'traced', 'truncated_ratio', 'vtrace_return', 'vtrace_advantage',
            'gae_advantage', 'lambda_return', 'retrace_target']
 
-# %% ../../nbs/ratios/vtrace.ipynb #8aee7d74
+# %% ../../nbs/ratios/vtrace.ipynb #f81a5e99
 import math
 from typing import Annotated
 
@@ -16,7 +16,7 @@ from .importance import log_ratio
 from ..recipes import Recipe
 from ..reinforce.reinforce import reinforce_loss
 
-# %% ../../nbs/ratios/vtrace.ipynb #a5912ace
+# %% ../../nbs/ratios/vtrace.ipynb #883a7f6e
 Share = Annotated[float, Range(0, 1)]
 Most = Annotated[float, Range(0.1, 10, log=True, limits=(0, math.inf))]
 
@@ -36,29 +36,31 @@ def traced(delta: PerToken, trace: PerToken, mask: TokenMask) -> PerToken:
         columns.append(total)
     return torch.stack(columns[::-1], -1) * mask
 
-# %% ../../nbs/ratios/vtrace.ipynb #2c095578
+# %% ../../nbs/ratios/vtrace.ipynb #5c12ab30
 def truncated_ratio(logp: PerToken, logp_mu: PerToken, mask: TokenMask, most: float) -> PerToken:
     "min(most, pi / mu) of each token, detached, 0 on padding."
     return bounded_exp(log_ratio(logp, logp_mu, mask).detach()).clamp(max=most) * mask
 
 @method(family="ratios", paper="arXiv:1802.01561")
-def vtrace_return(logp: PerToken, logp_mu: PerToken, reward_t: PerToken, value: PerToken, mask: TokenMask, *, gamma: Share = 1.0, lam: Share = 1.0,
-                  rho_max: Most = 1.0, c_max: Most = 1.0) -> PerToken:
-    "V-trace targets for a critic: the value of the policy proportional to min(rho_max mu, pi), from mu's samples; `c_max` and `lam` set the speed only."
+def vtrace_return(logp: PerToken, logp_mu: PerToken, reward_t: PerToken, value: PerToken, mask: TokenMask, *, gamma: Share = 1.0,
+                  lam: Share = 1.0, rho_max: Most = 1.0, c_max: Most = 1.0) -> PerToken:
+    """V-trace targets for a critic: the value of the policy proportional to min(rho_max mu, pi), from the samples of mu.
+
+    `c_max` and `lam` set the speed only; with `c_max` above `rho_max` a sweep need not be a contraction."""
     rho, c = (truncated_ratio(logp, logp_mu, mask, most) for most in (rho_max, c_max))
     delta = rho * (reward_t + gamma * following(value, mask) - value)
     return (value + traced(delta, gamma * lam * c, mask)) * mask
 
-# %% ../../nbs/ratios/vtrace.ipynb #87a35ca0
+# %% ../../nbs/ratios/vtrace.ipynb #6b3734c8
 @method(family="ratios", paper="arXiv:1802.01561")
 def vtrace_advantage(logp: PerToken, logp_mu: PerToken, reward_t: PerToken, value: PerToken, mask: TokenMask, *, gamma: Share = 1.0,
                      lam: Share = 1.0, rho_max: Most = 1.0, c_max: Most = 1.0) -> PerToken:
-    "V-trace's advantage: the truncated ratio times what the token and the target after it gave beyond the critic's value. The ratio is in it already."
+    "V-trace's advantage, the ratio included: min(rho_max, pi / mu) times what token and later target gave beyond the critic's value."
     target = raw(vtrace_return)(logp, logp_mu, reward_t, value, mask, gamma=gamma, lam=lam, rho_max=rho_max, c_max=c_max)
     rho = truncated_ratio(logp, logp_mu, mask, rho_max)
     return rho * (reward_t + gamma * following(target, mask) - value) * mask
 
-# %% ../../nbs/ratios/vtrace.ipynb #913ceb21
+# %% ../../nbs/ratios/vtrace.ipynb #433b0ba7
 @method(family="ratios", paper="arXiv:1506.02438")
 def gae_advantage(reward_t: PerToken, value: PerToken, mask: TokenMask, *, gamma: Share = 1.0, lam: Share = 0.95) -> PerToken:
     "Generalised advantage estimate: temporal differences, those of k tokens later counted with (gamma lam)^k. On-policy only."
@@ -69,14 +71,14 @@ def lambda_return(reward_t: PerToken, value: PerToken, mask: TokenMask, *, gamma
     "TD(lambda) targets for a critic: what V-trace becomes on-policy."
     return (value + raw(gae_advantage)(reward_t, value, mask, gamma=gamma, lam=lam)) * mask
 
-# %% ../../nbs/ratios/vtrace.ipynb #ca7d96d0
+# %% ../../nbs/ratios/vtrace.ipynb #7b2510b3
 def retrace_target(logp: Tensor, logp_mu: Tensor, reward_t: Tensor, value: Tensor, q_value: Tensor, mask: Tensor, *, gamma: float = 1.0,
                    lam: float = 1.0) -> Tensor:
-    """Retrace(lambda) targets, b t, for a critic of state and token: Q of the policy, from the samples of any behaviour that could have done what it does.
+    """Retrace(lambda) targets (b t) for a critic of state and token: Q of the policy, from any behaviour that can do what it does.
 
-    All arguments b t. q_value: Q(s_t, y_t); value: the same critic's mean over the policy's tokens at s_t, E_pi Q(s_t, .). A plain function and not one of the
-    catalogue: a critic of the state alone, which the vocabulary's `value` is, has no q_value. Raises ValueError naming the argument.
-    Source: Munos, Stepleton, Harutyunyan and Bellemare, arXiv:1606.02647."""
+    All arguments b t. q_value: Q(s_t, y_t); value: the same critic's mean over the policy's tokens at s_t, E_pi Q(s_t, .). A plain function
+    and not one of the catalogue: a critic of the state alone, which the vocabulary's `value` is, has no q_value. ValueError names the
+    argument. Source: Munos, Stepleton, Harutyunyan and Bellemare, arXiv:1606.02647."""
     given = admit(dict(logp=logp, logp_mu=logp_mu, reward_t=reward_t, value=value, mask=mask, q_value=q_value))
     logp, logp_mu, reward_t, value, mask, q_value = given.values()
     if q_value.shape != mask.shape: raise ValueError(f"q_value: expected shape {tuple(mask.shape)} as mask, got {tuple(q_value.shape)}")
@@ -86,6 +88,6 @@ def retrace_target(logp: Tensor, logp_mu: Tensor, reward_t: Tensor, value: Tenso
     delta = reward_t + gamma * following(value, mask) - q_value
     return (q_value + traced(delta, gamma * following(c, mask), mask)) * mask
 
-# %% ../../nbs/ratios/vtrace.ipynb #66d5606e
+# %% ../../nbs/ratios/vtrace.ipynb #682574ed
 vtrace = Recipe("vtrace", advantage=vtrace_advantage, loss=reinforce_loss, returns=vtrace_return, paper="arXiv:1802.01561",
                 note="a critic on V-trace targets; REINFORCE with the truncated ratio of each token")
