@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['Tokens', 'dapo', 'DynamicSampler', 'overlong_reward', 'overlong_filter_advantage']
 
-# %% ../../nbs/advantages/dapo.ipynb #b39e85d6
+# %% ../../nbs/advantages/dapo.ipynb #347bda5e
 import functools
 import math
 from typing import Annotated
@@ -16,7 +16,7 @@ from ..core import PerSequence, Range, SequenceIds, TokenMask, admit, lengths, m
 from ..ratios.ppo import ppo_loss
 from ..recipes import Recipe
 
-# %% ../../nbs/advantages/dapo.ipynb #5f5f3683
+# %% ../../nbs/advantages/dapo.ipynb #65a1e511
 @method(family="advantages", paper="arXiv:2503.14476")
 class DynamicSampler:
     "Dynamic sampling: prompts whose responses all have the same reward are dropped, and others are sampled in their place."
@@ -33,7 +33,7 @@ class DynamicSampler:
         differs = (reward[:, None] != reward[None, :]) & same_group(group).bool()
         return differs.any(-1).nonzero().flatten()
 
-# %% ../../nbs/advantages/dapo.ipynb #65c7d666
+# %% ../../nbs/advantages/dapo.ipynb #698ed688
 Tokens = Annotated[int, Range(16, 32768, log=True, limits=(1, math.inf))]
 
 @method(family="advantages", paper="arXiv:2503.14476")
@@ -43,12 +43,12 @@ def overlong_reward(reward: PerSequence, mask: TokenMask, *, max_length: Tokens 
     if buffer > max_length: raise ValueError(f"buffer: expected at most max_length={max_length} tokens, got {buffer}")
     return reward - factor * ((lengths(mask) - (max_length - buffer)) / buffer).clamp(0, 1)
 
-# %% ../../nbs/advantages/dapo.ipynb #c9762eab
+# %% ../../nbs/advantages/dapo.ipynb #40ddf761
 @method(family="advantages", paper="arXiv:2503.14476")
 def overlong_filter_advantage(reward: PerSequence, group: SequenceIds, mask: TokenMask, *, max_length: Tokens = 20480) -> PerSequence:
     "GRPO's advantage, and 0 for a response of max_length tokens or more, which was cut off: it counts in its group's mean but teaches nothing itself."
     return raw(grpo_advantage)(reward, group) * (lengths(mask) < max_length)
 
-# %% ../../nbs/advantages/dapo.ipynb #aa929294
+# %% ../../nbs/advantages/dapo.ipynb #767aed73
 dapo = Recipe("dapo", reward=overlong_reward, advantage=grpo_advantage, loss=functools.partial(ppo_loss, eps_low=0.2, eps_high=0.28, aggregate=token_mean),
               sampler=DynamicSampler, paper="arXiv:2503.14476", note="no KL penalty; the length limits are the paper's, far above what small tasks reach")

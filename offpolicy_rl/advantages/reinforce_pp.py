@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['reinforce_pp', 'reinforce_pp_baseline', 'whiten', 'reinforce_pp_advantage', 'reinforce_pp_baseline_advantage']
 
-# %% ../../nbs/advantages/reinforce_pp.ipynb #57f3679a
+# %% ../../nbs/advantages/reinforce_pp.ipynb #0137bbd7
 import math
 from typing import Annotated
 
@@ -14,14 +14,14 @@ from ..ratios.importance import log_ratio
 from ..ratios.ppo import ppo_loss
 from ..recipes import Recipe
 
-# %% ../../nbs/advantages/reinforce_pp.ipynb #b355e42f
+# %% ../../nbs/advantages/reinforce_pp.ipynb #17769267
 def whiten(x: PerToken, mask: TokenMask) -> PerToken:
     "x less its mean over all tokens of the batch, in units of their standard deviation (unbiased; 1e-8 is added to the variance); 0 on padding."
     centred = (x - token_mean(x, mask)) * mask
     variance = (centred ** 2).sum() / (mask.sum() - 1).clamp(min=1)
     return centred * (variance + 1e-8).rsqrt()
 
-# %% ../../nbs/advantages/reinforce_pp.ipynb #6a321cd4
+# %% ../../nbs/advantages/reinforce_pp.ipynb #fd35c8ff
 @method(family="advantages", paper="arXiv:2501.03262")
 def reinforce_pp_advantage(reward: PerSequence, logp_old: PerToken, logp_ref: PerToken, mask: TokenMask, *,
                            beta: Annotated[float, Range(0.0001, 1, log=True, limits=(0, math.inf))] = 0.01) -> PerToken:
@@ -30,14 +30,14 @@ def reinforce_pp_advantage(reward: PerSequence, logp_old: PerToken, logp_ref: Pe
     to_go = k1.flip(-1).cumsum(-1).flip(-1)
     return whiten(reward[:, None] - beta * to_go, mask)
 
-# %% ../../nbs/advantages/reinforce_pp.ipynb #bd2ee14c
+# %% ../../nbs/advantages/reinforce_pp.ipynb #31bca219
 @method(family="advantages", paper="arXiv:2501.03262")
 def reinforce_pp_baseline_advantage(reward: PerSequence, group: SequenceIds, mask: TokenMask) -> PerToken:
     "REINFORCE++-baseline: the reward less its group's mean, whitened over all tokens of the batch; a group of one keeps its reward."
     centred = torch.where(group_size(group, reward.dtype) > 1, group_centred(reward, group), reward)
     return whiten(per_token(centred, mask), mask)
 
-# %% ../../nbs/advantages/reinforce_pp.ipynb #172b6958
+# %% ../../nbs/advantages/reinforce_pp.ipynb #74044e73
 reinforce_pp = Recipe("reinforce_pp", advantage=reinforce_pp_advantage, loss=ppo_loss, paper="arXiv:2501.03262",
                       note="PPO-clip; KL to the reference in the reward, whitening over the batch, no groups")
 reinforce_pp_baseline = Recipe("reinforce_pp_baseline", advantage=reinforce_pp_baseline_advantage, loss=ppo_loss, paper="arXiv:2501.03262",

@@ -4,7 +4,7 @@
 __all__ = ['Beta', 'Bound', 'grpo_k3', 'grpo_k2', 'grpo_k1_reward', 'k1_penalty', 'k2_penalty', 'k3', 'k3_penalty',
            'weighted_k3_penalty', 'clamped_k3', 'clamped_k3_penalty', 'straight_through_k3_penalty', 'k1_reward']
 
-# %% ../../nbs/entropy/kl.ipynb #ec4244b5
+# %% ../../nbs/entropy/kl.ipynb #c610a5ad
 import functools
 import math
 from dataclasses import replace
@@ -16,7 +16,7 @@ from ..core import LOG_WEIGHT_LIMIT, Aggregate, PerSequence, PerToken, Range, To
 from ..ratios.importance import log_ratio
 from ..ratios.ppo import grpo
 
-# %% ../../nbs/entropy/kl.ipynb #9be5d54b
+# %% ../../nbs/entropy/kl.ipynb #adaa2857
 Beta = Annotated[float, Range(0.001, 1, log=True, limits=(0, math.inf))]
 
 @method(family="entropy", paper="Schulman 2020, joschu.net/blog/kl-approx.html")
@@ -29,7 +29,7 @@ def k2_penalty(logp: PerToken, logp_ref: PerToken, mask: TokenMask, *, beta: Bet
     "Half the squared log-ratio: biased as a value, and on average the gradient of each token's KL(pi || ref)."
     return beta * aggregate(log_ratio(logp, logp_ref, mask) ** 2 / 2, mask)
 
-# %% ../../nbs/entropy/kl.ipynb #de75a7b8
+# %% ../../nbs/entropy/kl.ipynb #b1ab3e48
 def k3(logp: PerToken, logp_ref: PerToken, mask: TokenMask) -> PerToken:
     "exp(-d) - 1 + d with d = log pi - log ref: never negative; held constant, without gradient, where d < -40."
     d = log_ratio(logp, logp_ref, mask).clamp(min=-LOG_WEIGHT_LIMIT)
@@ -40,14 +40,14 @@ def k3_penalty(logp: PerToken, logp_ref: PerToken, mask: TokenMask, *, beta: Bet
     "GRPO's estimator, exp(-d) - 1 + d: unbiased and never negative as a value, and on average the gradient of the other KL, KL(ref || pi)."
     return beta * aggregate(k3(logp, logp_ref, mask), mask)
 
-# %% ../../nbs/entropy/kl.ipynb #0b72d4ec
-@method(family="entropy", paper="arXiv:2512.02556, as in TRL")
+# %% ../../nbs/entropy/kl.ipynb #71bc1c79
+@method(family="entropy", paper="as in TRL (use_bias_correction_kl)")
 def weighted_k3_penalty(logp: PerToken, logp_old: PerToken, logp_ref: PerToken, mask: TokenMask, *, beta: Beta = 0.04,
                         aggregate: Aggregate = token_mean) -> torch.Tensor:
     "k3 times the ratio pi / pi_old, through which the gradient flows too: on average the gradient of each token's KL(pi || ref), also on old data."
     return beta * aggregate(bounded_exp(log_ratio(logp, logp_old, mask)) * k3(logp, logp_ref, mask), mask)
 
-# %% ../../nbs/entropy/kl.ipynb #067d7d20
+# %% ../../nbs/entropy/kl.ipynb #97a9ad47
 Bound = Annotated[float, Range(1, 40, log=True, limits=(0, LOG_WEIGHT_LIMIT))]
 
 def clamped_k3(logp: PerToken, logp_ref: PerToken, mask: TokenMask, log_limit: float, limit: float) -> PerToken:
@@ -69,13 +69,13 @@ def straight_through_k3_penalty(logp: PerToken, logp_ref: PerToken, mask: TokenM
     k2 = log_ratio(logp, logp_ref, mask) ** 2 / 2
     return beta * aggregate(k2 - k2.detach() + clamped_k3(logp, logp_ref, mask, log_limit, limit).detach(), mask)
 
-# %% ../../nbs/entropy/kl.ipynb #7909b67e
+# %% ../../nbs/entropy/kl.ipynb #a52ec79e
 @method(family="entropy", paper="arXiv:1909.08593")
 def k1_reward(reward: PerSequence, logp: PerToken, logp_ref: PerToken, mask: TokenMask, *, beta: Beta = 0.04) -> PerSequence:
     "The reward less beta times the response's whole log-ratio to the reference, detached: the KL of sequences, paid for like any other reward."
     return reward - beta * log_ratio(logp, logp_ref, mask).detach().sum(-1)
 
-# %% ../../nbs/entropy/kl.ipynb #c283bc14
+# %% ../../nbs/entropy/kl.ipynb #eed539bd
 grpo_k3 = replace(grpo, name="grpo_k3", penalties=(functools.partial(k3_penalty, aggregate=seq_mean_token_mean),),
                   note="GRPO as in its paper, with k3 in the loss")
 grpo_k2 = replace(grpo, name="grpo_k2", penalties=(functools.partial(k2_penalty, aggregate=seq_mean_token_mean),),
