@@ -36,7 +36,8 @@ def batches(draw, most: int = 6, drift: float = 30.0):
     logp = -normal(b, t).double().abs()
     full = dict(reward=normal(b).sign().clamp(min=0), reward_t=normal(b, t), adv=normal(b), group=torch.randint(0, 2, (b,), generator=g),
                 turn=torch.zeros(b, t, dtype=torch.long), value=normal(b, t), entropy=normal(b, t).abs(), expert=torch.rand(b, generator=g) < 0.2,
-                age=torch.randint(0, 50, (b,), generator=g), logp_old=logp + spread * normal(b, t), logp_ref=normal(b, t), logp_teacher=normal(b, t))
+                age=torch.randint(0, 50, (b,), generator=g), logp_old=logp + spread * normal(b, t), logp_ref=normal(b, t), logp_teacher=normal(b, t),
+                mean_logp=-normal(b, t).abs() - 1, mean_logp_old=-normal(b, t).abs() - 1)
     chosen = draw(st.sets(st.sampled_from(OPTIONAL)))
     return dict(logp=logp, logp_mu=logp + spread * normal(b, t), mask=torch.rand(b, t, generator=g) < 0.7) | {k: full[k] for k in sorted(chosen)}
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..core import catalogue
+from ..core import inputs, method_of
 from .exact import Moments, exact
-from ..recipes import Recipe
+from ..recipes import Recipe, recipes
 from ..reinforce.reinforce import reinforce_loss
 from ..toys.toy import Toy, stale
 from ..toys.tree import TokenTree
@@ -133,9 +133,10 @@ def progress(m: Moments, responses: int) -> float:
     return m.cosine ** 2 * square / (square + max(0.0, m.variance) / responses) if m.cosine > 0 else 0.0
 
 def catalogue_estimators() -> dict[str, Callable]:
-    "Every ratio and loss of the catalogue that a logged batch can feed one response at a time."
-    known = set(TokenTree(2, 1).batch()) - {"logits", "value", "group"}
-    return {row.name: row.fn for kind in ("ratio", "loss") for row in catalogue(kind) if set(row.inputs) <= known}
+    "The ratios and losses that a recipe of the package trains with and that a logged batch can feed one response at a time."
+    known = set(TokenTree(2, 1).batch()) - {"logits", "value", "group", "mean_logp", "mean_logp_old"}
+    parts = [fn for r in recipes().values() for fn in (r.ratio, r.loss) if fn is not None]
+    return {method_of(fn).name: method_of(fn).fn for fn in parts if set(inputs(fn)) <= known}
 
 def _judge(fn: Callable | Recipe, toys: list[Toy], fresh: list[float], responses: int) -> tuple[float, float, float, float]:
     "Mean squared error, progress kept, direction error and scatter, each the mean over the toys."
