@@ -40,13 +40,16 @@ docs: $(VENV)/.docs  ## build the site into _docs (opens from file:// too)
 
 # The recorded runs that the notebooks show: finished ones are kept, so an interrupted `make records` goes on where it was.
 RECORD := $(BIN)/offpolicy compare --seeds 0 1 2 --eval-every 20 --window 10
+BEST := $(BIN)/offpolicy compare --recipes topr --seeds 0 1 2 --steps 1600 --lr 2e-3 --final-lr 0 --warmup 20 --eval-every 80 --window 40
 RIVALS := reinforce ppo topr
 CHAPTER := rec_oneside copg alol pacs real dmpo rover awr token_is sequence_is cispo gspo gmpo tis decoupled_ppo vtrace grpo reinforce_pp dapo grpo_k3
-records: $(VENV)/.llm  ## make the recorded runs of the notebooks anew where they are missing (about 80 minutes on two cores)
+records: $(VENV)/.llm  ## make the recorded runs of the notebooks anew where they are missing (about an hour and a half on two idle cores)
 	$(RECORD) --task sort --out records/sort --recipes $(RIVALS) --staleness 1 8 32 offline
 	$(RECORD) --task sort --out records/sort --recipes dr_grpo rloo --staleness 1 32
 	$(RECORD) --task sort --out records/sort --recipes $(CHAPTER) --staleness 1 8 32 offline
-	$(RECORD) --task countdown --out records/countdown --recipes $(RIVALS) $(CHAPTER) --staleness 1 128
+	$(RECORD) --task countdown --out records/countdown --recipes $(RIVALS) $(CHAPTER) --staleness 128
+	$(BEST) --task sort --out records/best/sort --staleness offline
+	$(BEST) --task countdown --out records/best/countdown --staleness 128
 
 notebooks: env  ## export the package, run all notebooks and save their outputs, clean them, write README.md
 	scripts/notebooks

@@ -83,6 +83,9 @@ def atlas(points: int = 61) -> Atlas:
         except ValueError as error:
             without[row.name] = str(error).split(":")[0]
             continue
+        if not c.any():
+            without[row.name] = "it compares responses of a group, and one alone has no coefficient"
+            continue
         near, far = ({side: c[where].tolist() for side, where in points_at.items()} for points_at in (half, end))
         fates = {corner: fate(near[side][adv < 0], far[side][adv < 0], adv) for corner, (side, adv) in CORNERS.items()}
         charts.append(Chart(row, c, fates))
