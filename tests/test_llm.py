@@ -329,8 +329,8 @@ def test_joined_rollouts_are_their_parts(sampled):
     both = joined(parts)
     assert both.group.unique().tolist() == list(range(6)) and both.texts == parts[0].texts + parts[1].texts
     torch.testing.assert_close(token_logps(model, both)[0], both.logp_mu, atol=1e-5, rtol=0)
-    again = both.take(torch.tensor([22, 3, 3]))
-    assert again.texts == [both.texts[22], both.texts[3], both.texts[3]] and [again.prompts[g] for g in again.group.tolist()] == ["1=", PROMPTS[0], PROMPTS[0]]
+    again = both.take(torch.tensor([23, 3, 3]))
+    assert again.texts == [both.texts[23], both.texts[3], both.texts[3]] and [again.prompts[g] for g in again.group.tolist()] == ["1=", PROMPTS[0], PROMPTS[0]]
     torch.testing.assert_close(token_logps(model, again)[0], again.logp_mu, atol=1e-5, rtol=0)
 
 

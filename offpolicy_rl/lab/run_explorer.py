@@ -81,7 +81,9 @@ def judge(recipe: Recipe, batch: Mapping[str, Tensor]) -> Judgement:
     fresh = {**batch, "logp_mu": batch["logp"], "logp_old": batch["logp"]}
     if "age" in batch: fresh["age"] = torch.zeros_like(batch["age"])
     c = coefficients_on(recipe, batch)
-    adv = per_token(replace(recipe, ratio=None).prepare(batch, call=raw_call)["adv"], batch["mask"]) * batch["mask"]
+    # a recipe that makes no advantage of its own is shown with the batch's, or with the bare reward
+    given = replace(recipe, ratio=None).prepare(batch, call=raw_call)
+    adv = per_token(given["adv"] if "adv" in given else given["reward"], batch["mask"]) * batch["mask"]
     return Judgement(adv.detach(), c, (c == 0) & (coefficients_on(recipe, fresh) != 0))
 
 # %% ../../nbs/lab/run_explorer.ipynb #bfc61c6c

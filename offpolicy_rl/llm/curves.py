@@ -76,10 +76,9 @@ def standings(runs: Sequence[Record], quantity: str = "sampled") -> str:
     rank = lambda name: [-statistics.fmean(ends.get((name, stale), [-1])) for stale in reversed(columns)]
     cell = lambda values: "." if not values else str(spread(values)) + (f" ({len(values)})" if len(values) < 3 else "")
     width = max(len(name) for name, _ in found)
-    lines = [f"{'':{width}s}" + "".join(f"{stale:>24s}" for stale in columns)]
-    for name in sorted({name for name, _ in found}, key=rank):
-        lines.append(f"{name:{width}s}" + "".join(f"{cell(ends.get((name, stale))):>24s}" for stale in columns))
-    return "\n".join(lines)
+    head = f"{'':{width}s}" + "".join(f"{stale:>24s}" for stale in columns)
+    row = lambda name: f"{name:{width}s}" + "".join(f"{cell(ends.get((name, stale))):>24s}" for stale in columns)
+    return "\n".join([head, *map(row, sorted({name for name, _ in found}, key=rank))])
 
 # %% ../../nbs/llm/curves.ipynb #ends0002
 def finals(runs: Sequence[Record], quantity: str = "sampled") -> dict[tuple[str, int | str, int], float]:
