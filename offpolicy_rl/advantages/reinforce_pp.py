@@ -17,7 +17,9 @@ from ..recipes import Recipe
 # %% ../../nbs/advantages/reinforce_pp.ipynb #17769267
 def whiten(x: PerToken, mask: TokenMask) -> PerToken:
     "x less its mean over all tokens of the batch, in units of their standard deviation (unbiased; 1e-8 is added to the variance); 0 on padding."
-    centred = (x - token_mean(x, mask)) * mask
+    most = torch.where(mask.any(), x.masked_fill(mask == 0, -math.inf).max(), 0)
+    below = (x - most) * mask      # exactly 0 where all tokens are equal, which the rounded mean of x would not give
+    centred = (below - token_mean(below, mask)) * mask
     variance = (centred ** 2).sum() / (mask.sum() - 1).clamp(min=1)
     return centred * (variance + 1e-8).rsqrt()
 
