@@ -7,8 +7,6 @@ __all__ = ['Trainer', 'same_config', 'finished', 'checkpoint_folder', 'rollouts_
            'train']
 
 # %% ../../nbs/llm/train.ipynb #1f409135
-import contextlib
-import copy
 import json
 import random
 import shutil
@@ -22,43 +20,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import VOCABULARY, admit, arguments, at_last_token, call, reward_to_go
+from ..core import VOCABULARY, admit, arguments
 from .checkpoint import (checkpoints, load_checkpoint, optimizer_tensors, rng_from_json, rng_to_json, save_checkpoint,
                                          set_optimizer_tensors, set_weights, weights)
-from .config import TrainConfig, config_facts, proximal_apart, recipe_facts, record_path, resolve, run_name
-from .critic import Critic, hidden_states
-from .engine import HFEngine, Rollouts, joined, mean_logp, token_entropy, token_logps
-from .metrics import off_policyness, scalars
-from .model import decode, load
+from .config import TrainConfig, config_facts, recipe_facts, record_path, resolve, run_name
+from .engine import HFEngine, Rollouts, joined
+from .learner import Learner
+from .model import decode
 from .record import add_step, new_record, read_record, rounded, thinned, write_atomically, write_record
 from .tasks import draw
 
 # %% ../../nbs/llm/train.ipynb #9df502d4
-class Trainer:
-    "A run in progress: policy, behaviour policy, what else the recipe asks for, optimiser, random generators and record."
+class Trainer(Learner):
+    "A run in progress: a learner, the behaviour policy that it learns from, random generators and record."
 
     def __init__(self, config: TrainConfig, command: str | None = None):
-        self.config = config
-        self.task, self.recipe = resolve(config)
-        if config.threads is not None: torch.set_num_threads(config.threads)
+        super().__init__(config)
         self.max_tokens = config.max_tokens or self.task.max_tokens
-        self.model, self.tokenizer = load(config.model, self.task, config.seed, config.device, config.dtype)
         self.live = HFEngine(self.model, self.tokenizer, live=True)
         on_policy = config.staleness == 1 and config.engine_dtype is None
         self.engine = self.live if on_policy else HFEngine(self.model, self.tokenizer, config.engine_dtype)
-        named = self.recipe.inputs
-        frozen = lambda wanted: copy.deepcopy(self.model).requires_grad_(False) if wanted else None
-        self.reference = frozen("logp_ref" in named)
-        self.proximal = frozen(proximal_apart(config, self.recipe) and {"logp_old", "mean_logp_old"} & set(named))
-        width = self.model.get_output_embeddings().in_features
-        self.critic = Critic(width, lr=config.critic_lr, seed=config.seed).to(self.model.device) if "value" in named else None
         self.sampler = None if self.recipe.sampler is None else self.recipe.sampler()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
         self.rng = random.Random(1000 + config.seed)
         self.generator = torch.Generator(self.model.device).manual_seed(config.seed)
         self.held = draw(self.task, config.eval_prompts, random.Random(12345), "held_out")
-        self.step = 0
         self.record = new_record(config_facts(config), recipe_facts(self.recipe), command)
+
+    def behaviour(self): return self.engine.model
 
     def sample(self) -> Rollouts:
         """Rollouts of the behaviour policy, with rewards. Its weights are brought up to date when their time has come.
@@ -102,109 +90,6 @@ class Trainer:
             raise ValueError(f"step {self.step}: task {self.task.name!r} gave the reward {reward[bad].item()} to {rollouts.texts[bad]!r}")
         return reward
 
-    def policy(self, rollouts: Rollouts) -> dict[str, Tensor]:
-        "What the recipe names of the policy, with gradient; the entropy always, for the record."
-        logp, logits = token_logps(self.model, rollouts, self.config.temperature)
-        out, named = {"logp": logp}, self.recipe.inputs
-        with contextlib.nullcontext() if "entropy" in named else torch.no_grad(): out["entropy"] = token_entropy(logits) * rollouts.mask
-        if "logits" in named: out["logits"] = logits
-        if "mean_logp" in named: out["mean_logp"] = mean_logp(logits) * rollouts.mask
-        return out
-
-    def given(self, rollouts: Rollouts) -> dict[str, Tensor]:
-        "What the recipe may name that carries no gradient."
-        r, named = rollouts, self.recipe.inputs
-        batch = dict(logp_mu=r.logp_mu, mask=r.mask, reward=r.reward, group=r.group, age=self.step - r.version)
-        batch["expert"] = torch.zeros_like(r.group, dtype=torch.bool)
-        batch["turn"] = torch.zeros_like(r.tokens)
-        batch["reward_t"] = at_last_token(r.reward, r.mask)
-        if not proximal_apart(self.config, self.recipe): batch["logp_old"] = r.logp_mu
-        if "logp_ref" in named: batch["logp_ref"] = self.read(self.reference, r)[0]
-        if self.proximal is not None or "mean_logp_old" in named:
-            logp, batch["mean_logp_old"] = self.read(self.engine.model if self.proximal is None else self.proximal, r)
-            batch.setdefault("logp_old", logp)
-        if self.critic is not None:
-            with torch.no_grad(): batch["value"] = self.critic(self.hidden(r)) * r.mask
-        return batch
-
-    @torch.no_grad()
-    def read(self, model, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
-        "Log-probabilities of the tokens under another model, and the mean over its vocabulary at their positions."
-        pieces = [(logp, mean_logp(logits) * part.mask) for part in self.parts(rollouts)
-                  for logp, logits in [token_logps(model, part, self.config.temperature)]]
-        return tuple(torch.cat(column) for column in zip(*pieces))
-
-    def hidden(self, rollouts: Rollouts) -> Tensor:
-        "What the critic reads."
-        return torch.cat([hidden_states(self.model, part) for part in self.parts(rollouts)])
-
-    def parts(self, rollouts: Rollouts) -> list[Rollouts]:
-        "The rollouts in pieces that fit one forward pass."
-        size = self.config.micro_batch
-        if size is None or size >= len(rollouts): return [rollouts]
-        return [rollouts.rows(i, i + size) for i in range(0, len(rollouts), size)]
-
-    def loss(self, policy: dict[str, Tensor], given: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        "The recipe's loss on one batch of the vocabulary."
-        return self.recipe.loss_on({**given, **policy})
-
-    def teach(self, rollouts: Rollouts, batch: Mapping[str, Tensor]) -> dict[str, float]:
-        "Regress the critic on the recipe's returns, or on the reward to go; its error before. What a sampler left out is learnt from too."
-        if self.critic is None: return {}
-        if self.sampler is not None:
-            rollouts = joined(self.fresh)
-            with torch.no_grad(): batch = {**self.given(rollouts), **self.policy(rollouts)}
-        with torch.no_grad(): returns = reward_to_go(batch["reward_t"]) if self.recipe.returns is None else call(self.recipe.returns, batch)
-        return dict(critic_error=self.critic.learn(self.hidden(rollouts), returns, rollouts.mask))
-
-    def backward(self, rollouts: Rollouts) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Gradients of the recipe's loss; the loss, its diagnostics and the batch that it was computed on.
-
-        In pieces, the loss is first differentiated by the policy's outputs over the whole batch, and these gradients are then carried
-        through each piece: exact for every loss, also one that looks at the whole batch, for the price of a second forward pass."""
-        given, parts = self.given(rollouts), self.parts(rollouts)
-        if len(parts) == 1:
-            policy = self.policy(rollouts)
-            loss, stats = self.loss(policy, given)
-            loss.backward()
-            return loss.detach(), stats, {k: x.detach() for k, x in {**given, **policy}.items()}
-        with torch.no_grad(): pieces = [self.policy(part) for part in parts]
-        policy = {k: torch.cat([piece[k] for piece in pieces]).requires_grad_() for k in pieces[0]}
-        loss, stats = self.loss(policy, given)
-        loss.backward()
-        grads = [k for k in policy if policy[k].grad is not None]
-        for i, part in enumerate(parts):
-            rows = slice(i * self.config.micro_batch, (i + 1) * self.config.micro_batch)
-            again = self.policy(part)
-            torch.autograd.backward([again[k] for k in grads], [policy[k].grad[rows] for k in grads])
-        return loss.detach(), stats, {k: x.detach() for k, x in {**given, **policy}.items()}
-
-    def learning_rate(self) -> float:
-        "This update's: up to `lr` in `warmup` updates, and along a straight line to `final_lr` at the last one."
-        c = self.config
-        fall = 0 if c.final_lr is None else (c.lr - c.final_lr) * self.step / max(1, c.steps - 1)
-        return (c.lr - fall) * min(1, (self.step + 1) / max(1, c.warmup))
-
-    def update(self, rollouts: Rollouts) -> dict[str, float]:
-        "One optimiser step; returns the step's metrics."
-        for group in self.optimizer.param_groups: group["lr"] = self.learning_rate()
-        self.optimizer.zero_grad()
-        try: loss, stats, batch = self.backward(rollouts)
-        except ValueError as error: raise ValueError(f"step {self.step}: {error}") from error
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
-        for name, x in (("loss", loss), ("gradient norm", norm)):
-            if not x.isfinite():
-                raise FloatingPointError(f"step {self.step}: the {name} is {x.item()}; try a learning rate below {self.config.lr:g}")
-        taught = self.teach(rollouts, batch)
-        self.optimizer.step()
-        if self.config.keep_rollouts and (self.step + 1) % self.config.keep_rollouts == 0: self.keep(rollouts, batch)
-        r = rollouts
-        reward = r.reward if self.sampler is None else torch.cat([fresh.reward for fresh in self.fresh])
-        means = dict(reward=reward.mean(), success=(reward >= 1).float().mean(), loss=loss, gradient_norm=norm,
-                     entropy=batch["entropy"].sum() / r.mask.sum().clamp(min=1), length=r.mask.sum(1).mean(),
-                     age=(self.step - r.version).float().mean())
-        return {name: x.item() for name, x in means.items()} | off_policyness(batch["logp"], r.logp_mu, r.mask) | scalars(stats) | taught
-
     def keep(self, rollouts: Rollouts, batch: Mapping[str, Tensor]) -> None:
         "Write the update's batch beside the record, as the recipe saw it, with prompts and tokens as text."
         if self.recipe.advantage is not None: batch["adv"] = replace(self.recipe, ratio=None).prepare(batch)["adv"]
@@ -235,8 +120,9 @@ class Trainer:
         start = time.perf_counter()
         rollouts = self.sample()
         middle = time.perf_counter()
-        row = self.update(rollouts)
+        row = self.update(rollouts, None if self.sampler is None else joined(self.fresh))
         if self.sampler is not None: row["rounds"] = float(len(self.fresh))
+        if self.config.keep_rollouts and (self.step + 1) % self.config.keep_rollouts == 0: self.keep(rollouts, self.batch)
         row |= dict(sampling_seconds=middle - start, training_seconds=time.perf_counter() - middle)
         self.step += 1
         add_step(self.record, row)
