@@ -25,7 +25,7 @@ from offpolicy_rl.llm import model as llm_model
 from offpolicy_rl.llm import record as llm_record
 from offpolicy_rl.llm.config import TrainConfig, resolve
 from offpolicy_rl.llm.engine import HFEngine, draw_token, joined, token_entropy, token_logps
-from offpolicy_rl.llm.metrics import effective_fraction, off_policyness
+from offpolicy_rl.llm.metrics import off_policyness
 from offpolicy_rl.llm.model import encode, load
 from offpolicy_rl.llm.record import add_step, new_record, read_record, read_records, thinned, write_record
 from offpolicy_rl.llm.report import page, step_curve
@@ -227,10 +227,11 @@ def test_no_warm_start_leaves_a_trace_when_it_fails(tmp_path, monkeypatch):
 # metrics
 
 @given(st.lists(st.floats(-30, 30), min_size=1, max_size=20))
-def test_effective_fraction_is_that_of_the_weights(logs):
+def test_the_effective_sample_size_is_that_of_the_weights(logs):
     logs = torch.tensor(logs, dtype=torch.float64)
-    torch.testing.assert_close(effective_fraction(logs), effective_sample_size((logs - logs.max()).exp()))
-    assert effective_fraction(1e4 * logs).isfinite()
+    w = (logs - logs.max()).exp()
+    torch.testing.assert_close(effective_sample_size(logs), w.sum() ** 2 / (w ** 2).sum() / len(w))
+    assert effective_sample_size(1e4 * logs).isfinite()
 
 
 def test_metrics_look_at_real_tokens_only():

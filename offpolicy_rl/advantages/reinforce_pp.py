@@ -9,7 +9,7 @@ from typing import Annotated
 
 import torch
 
-from ..core import PerSequence, PerToken, Range, SequenceIds, TokenMask, group_centred, group_size, method, per_token, token_mean
+from ..core import PerSequence, PerToken, Range, SequenceIds, TokenMask, group_centred, group_size, method, per_token, reward_to_go, token_mean
 from ..ratios.importance import log_ratio
 from ..ratios.ppo import ppo_loss
 from ..recipes import Recipe
@@ -29,8 +29,7 @@ def reinforce_pp_advantage(reward: PerSequence, logp_old: PerToken, logp_ref: Pe
                            beta: Annotated[float, Range(0.0001, 1, log=True, limits=(0, math.inf))] = 0.01) -> PerToken:
     "REINFORCE++: each token's return to go, with its log-ratio to the reference paid at every token, whitened over all tokens of the batch."
     k1 = log_ratio(logp_old, logp_ref, mask).detach()
-    to_go = k1.flip(-1).cumsum(-1).flip(-1)
-    return whiten(reward[:, None] - beta * to_go, mask)
+    return whiten(reward[:, None] - beta * reward_to_go(k1), mask)
 
 # %% ../../nbs/advantages/reinforce_pp.ipynb #31bca219
 @method(family="advantages", paper="arXiv:2501.03262")

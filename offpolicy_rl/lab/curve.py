@@ -4,6 +4,7 @@
 __all__ = ['Samples', 'Curve', 'curve']
 
 # %% ../../nbs/lab/curve.ipynb #3b87131e
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -62,13 +63,15 @@ def _assemble(toy: Toy, theta: Tensor, samples: Samples, group: Tensor, old: Ten
                 adv=toy.reward[rows] - samples["baseline"], group=group, expert=torch.zeros_like(group, dtype=torch.bool),
                 mean_logp=frozen.mean(-1)[node] * mask, entropy=-(frozen.exp() * frozen).sum(-1)[node] * mask, **given, **known)
 
-def _sampled_under(toy: Toy, mu: Tensor, rows: Tensor, age: int) -> Samples:
-    "Rows (seeds, responses) with what is known of them when they are sampled from the tables mu (seeds, nodes, vocab)."
-    each = torch.arange(len(mu))[:, None]
-    node, mask = toy.node[rows], toy.mask[rows]
-    return dict(row=rows, age=torch.full_like(rows, age), logp_mu=mu[each[..., None], node, toy.token[rows]] * mask,
-                mean_logp=mu.mean(-1)[each[..., None], node] * mask, baseline=torch.func.vmap(toy.prompt_value)(mu)[each, rows],
-                value=torch.func.vmap(toy.value)(mu)[each, rows])
+def _known_under(toy: Toy, mu: Tensor) -> Samples:
+    "What is known of every outcome, (seeds, n) or (seeds, n, t), when it is sampled from the tables mu (seeds, nodes, vocab)."
+    return dict(logp_mu=mu[:, toy.node, toy.token] * toy.mask, mean_logp=mu.mean(-1)[:, toy.node] * toy.mask,
+                baseline=torch.func.vmap(toy.prompt_value)(mu), value=torch.func.vmap(toy.value)(mu))
+
+def _sampled(known: Samples, rows: Tensor, age: int) -> Samples:
+    "Rows (seeds, responses) with what is known of them."
+    each = torch.arange(len(rows))[:, None]
+    return dict(row=rows, age=torch.full_like(rows, age), **{k: x[each, rows] for k, x in known.items()})
 
 def _measures(toy: Toy, theta: Tensor, mu: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "Objective, entropy, KL(pi || mu) and effective sample size."
@@ -107,21 +110,23 @@ def curve(estimator: Callable | Recipe, toy: Toy, *, staleness: float = 1, repla
     policy_of = (lambda t: torch.stack([behaviour(toy.at(x)).mu for x in t])) if behaviour else torch.func.vmap(toy.table)
     theta = toy.theta.expand(len(seeds), -1).clone()
     mu, old = toy.mu.expand(len(seeds), -1, -1), None
-    measure, history, kept = torch.func.vmap(lambda t, m: _measures(toy, t, m)), [], []
+    history, kept = [], []
     for i in range(updates):
         if i % staleness == 0:
             born = i
             if staleness != math.inf: mu = policy_of(theta)
+            known = _known_under(toy, mu)
             if not expected: ladders = _ladders(toy, mu)
         if minibatches is not None and i % minibatches == 0: old = torch.func.vmap(toy.table)(theta)
-        history.append(measure(theta, mu))
+        history.append((theta, mu))
         if expected:
-            every = {k: x.view(1, *every_draw.shape, *x.shape[2:]) for k, x in _sampled_under(toy, mu, every_draw.view(1, -1), i - born).items()}
+            every = {k: x.view(1, *every_draw.shape, *x.shape[2:]) for k, x in _sampled(known, every_draw.view(1, -1), i - born).items()}
             gradient = step(theta, old, every, draws_of(toy.with_behaviour(mu[0]), group_size)[1][None])
         else:
             older = [{**samples, "age": samples["age"] + 1} for samples in kept]
-            kept = [_sampled_under(toy, mu, _pick(toy, ladders, uniform[:, i]).flatten(1), i - born), *older][:replay + 1]
+            kept = [_sampled(known, _pick(toy, ladders, uniform[:, i]).flatten(1), i - born), *older][:replay + 1]
             gradient = step(theta, old, {k: torch.cat([samples[k] for samples in kept], 1) for k in kept[0]})
         theta = theta - lr * gradient
-    history.append(measure(theta, mu))
-    return Curve(*(torch.stack(x, -1) for x in zip(*history)), theta)
+    history.append((theta, mu))
+    measure = torch.func.vmap(torch.func.vmap(functools.partial(_measures, toy)), out_dims=1)
+    return Curve(*measure(*(torch.stack(x) for x in zip(*history))), theta)

@@ -283,11 +283,12 @@ class Explorer:
     def _weights(self, fn: Estimator, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
         toy = self.world(setting)
         batch = toy.batch()
-        true = (batch["logp"] - batch["logp_mu"]).sum(-1).exp()
+        shift = (batch["logp"] - batch["logp_mu"]).sum(-1)
+        true = shift.exp()
         own = torch.full_like(true, math.nan) if self.kind == "advantage" else response_weights(fn, toy)
         rows = toy.sample(BATCH, torch.Generator().manual_seed(0))[:, 0]
         rows = rows[true[rows].argsort(descending=True)]
-        return torch.stack([true[rows], own[rows]], -1).detach().numpy(), effective_sample_size(true[rows]).numpy()
+        return torch.stack([true[rows], own[rows]], -1).detach().numpy(), effective_sample_size(shift[rows]).numpy()
 
     @functools.cached_property
     def view(self):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..advantages.grpo import grpo_advantage
 from ..core import PerSequence, PerToken, bounded_exp, lengths, per_sequence, per_token
-from ..llm.metrics import effective_fraction
+from ..ratios.importance import effective_sample_size
 
 # %% ../../nbs/lab/measures.ipynb #7979327d
 class Estimate(NamedTuple):
@@ -39,8 +39,8 @@ def weight_measures(s: PerToken, mask: PerToken) -> dict[str, Any]:
     s: log-ratios, 0 off the mask; needs at least one token."""
     live, some = mask.bool(), lengths(mask) > 0
     sequence = s.sum(-1)[some]
-    return dict(ess=dict(token=effective_fraction(s[live]).item(), prefix=effective_fraction(s.cumsum(-1)[live]).item(),
-                         sequence=effective_fraction(sequence).item()),
+    return dict(ess=dict(token=effective_sample_size(s[live]).item(), prefix=effective_sample_size(s.cumsum(-1)[live]).item(),
+                         sequence=effective_sample_size(sequence).item()),
                 chi2=dict(token=clustered_mean((bounded_exp(s) - 1) ** 2, mask),
                           sequence=clustered_mean(((bounded_exp(sequence) - 1) ** 2)[:, None], torch.ones_like(sequence)[:, None])),
                 largest_weight=(sequence - sequence.logsumexp(0)).exp().max().item())
@@ -83,7 +83,7 @@ def ratio_quantiles(s: PerToken, mask: PerToken, age: Tensor | None = None) -> d
     tokens, prefix, where = s[live], s.cumsum(-1)[live], position[live]
     part = lambda lo, hi, here: dict(first=lo, last=hi, tokens=int(here.sum()), ratio=quantiles(bounded_exp(tokens[here])))
     found = dict(levels=list(QUANTILES), token=quantiles(bounded_exp(tokens)), sequence=quantiles(bounded_exp(s.sum(-1)[live.any(-1)])),
-                 by_position=[part(*stretch) | dict(ess_prefix=effective_fraction(prefix[stretch[2]]).item()) for stretch in stretches(where)])
+                 by_position=[part(*stretch) | dict(ess_prefix=effective_sample_size(prefix[stretch[2]]).item()) for stretch in stretches(where)])
     if age is not None: found["by_age"] = [part(*stretch) for stretch in stretches(age[:, None].expand_as(mask)[live])]
     return found
 
@@ -112,7 +112,7 @@ def clip_rules(batch: Mapping[str, Tensor], adv: PerSequence | PerToken | None =
     to_old = batch["logp"] - batch["logp_old" if old else "logp_mu"]
     from_mu = batch["logp_old" if old else "logp"] - batch["logp_mu"]
     r, w = bounded_exp(to_old), bounded_exp(from_mu)
-    s_mean = bounded_exp((to_old * mask).sum(-1) / lengths(mask).clamp(min=1))[:, None].expand_as(mask)
+    s_mean = bounded_exp(per_sequence(to_old, mask))[:, None].expand_as(mask)
     a = None if adv is None else per_token(adv, mask)
     stops = "stops" if a is not None else "at most stops"
     first, second = ("pi/old", "old/mu") if old else ("pi/mu", "pi/mu")
@@ -145,8 +145,8 @@ def advantage_of(batch: Mapping[str, Tensor]) -> PerSequence | PerToken | None:
 def _spread(s: PerToken, mask: PerToken) -> dict[str, float]:
     "How large log-ratios are."
     x = s[mask.bool()]
-    return dict(mean_abs=x.abs().mean().item(), max_abs=x.abs().max().item(), mean_square=(x ** 2).mean().item(), ess_token=effective_fraction(x).item(),
-                ess_sequence=effective_fraction((s * mask).sum(-1)[mask.any(-1)]).item())
+    return dict(mean_abs=x.abs().mean().item(), max_abs=x.abs().max().item(), mean_square=(x ** 2).mean().item(), ess_token=effective_sample_size(x).item(),
+                ess_sequence=effective_sample_size((s * mask).sum(-1)[mask.any(-1)]).item())
 
 def mismatch(batch: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
     "The staleness pi/pi_old and the engine's mismatch pi_old/mu apart, where `logp_old` or responses of age 0 let us; else only their product."

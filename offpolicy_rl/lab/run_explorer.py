@@ -21,7 +21,7 @@ from ..core import per_sequence, per_token
 from .exact import objective_of, raw_call, token_coefficients
 from .rollouts import read_rollouts
 from ..llm.config import AGGREGATES, TrainConfig, recipe_facts, resolve
-from ..llm.metrics import effective_fraction
+from ..ratios.importance import effective_sample_size
 from ..llm.record import read_record
 from ..recipes import Recipe, recipes
 
@@ -156,7 +156,7 @@ class RunExplorer:
         effective sample size as a fraction of it. adv, coefficient (summed over tokens), stopped (how many tokens), and rival_*: the same under the rival."""
         b = self.kept(step).batch
         shift = ((b["logp"] - b["logp_mu"]) * b["mask"]).sum(1)
-        made = dict(length=b["mask"].sum(1).long(), log_ratio=shift, share=shift.softmax(0), ess=effective_fraction(shift))
+        made = dict(length=b["mask"].sum(1).long(), log_ratio=shift, share=shift.softmax(0), ess=effective_sample_size(shift))
         made |= {name: b[name] for name in ("reward", "age", "group") if name in b}
         for prefix, name in (("", recipe), ("rival_", rival)):
             j = self.judgement(step, name)

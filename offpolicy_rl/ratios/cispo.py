@@ -10,8 +10,8 @@ from typing import Annotated
 import torch
 
 from ..advantages.grpo import grpo_advantage
-from ..core import Advantage, Aggregate, PerToken, Range, Stats, TokenMask, bounded_exp, method, per_token, token_mean
-from .importance import log_ratio
+from ..core import Advantage, Aggregate, PerToken, Range, Stats, TokenMask, method, per_token, raw, token_mean
+from .importance import token_ratio
 from ..recipes import Recipe
 
 # %% ../../nbs/ratios/cispo.ipynb #d0e7fdd8
@@ -20,7 +20,7 @@ Cap = Annotated[float, Range(0.1, 10.0, log=True, limits=(0, math.inf))]
 
 def capped_weight(logp: PerToken, logp_old: PerToken, mask: TokenMask, eps_low: float, eps_high: float) -> tuple[PerToken, PerToken]:
     "The ratio and the ratio held in [1 - eps_low, 1 + eps_high], both without gradient."
-    ratio = bounded_exp(log_ratio(logp, logp_old, mask).detach())
+    ratio = raw(token_ratio)(logp, logp_old, mask)
     return ratio, ratio.clamp(1 - eps_low, 1 + eps_high)
 
 @method(family="ratios", paper="arXiv:2506.13585")

@@ -11,8 +11,8 @@ from typing import Annotated
 import torch
 
 from ..advantages.grpo import grpo_advantage
-from ..core import Advantage, Aggregate, PerToken, Range, SequenceIds, Stats, TokenMask, bounded_exp, method, per_token, token_mean
-from .importance import log_ratio
+from ..core import Advantage, Aggregate, PerToken, Range, SequenceIds, Stats, TokenMask, bounded_exp, method, per_token, raw, token_mean
+from .importance import log_ratio, token_ratio
 from .ppo import Clip, clip_fraction, clipped_surrogate
 from ..recipes import Recipe
 
@@ -30,7 +30,7 @@ def _weighted(logp: PerToken, logp_old: PerToken, weight: PerToken, adv: Advanta
 def decoupled_ppo_loss(logp: PerToken, logp_old: PerToken, logp_mu: PerToken, adv: Advantage, mask: TokenMask, *, eps_low: Clip = 0.2,
                        eps_high: Clip = 0.2, weight_cap: WeightCap = 5.0, aggregate: Aggregate = token_mean) -> tuple[torch.Tensor, Stats]:
     "PPO-clip around the proximal policy, each token weighted by proximal policy over sampler, at most `weight_cap`."
-    weight = bounded_exp(log_ratio(logp_old, logp_mu, mask).detach()).clamp(max=weight_cap)
+    weight = raw(token_ratio)(logp_old, logp_mu, mask).clamp(max=weight_cap)
     return _weighted(logp, logp_old, weight, adv, mask, eps_low, eps_high, aggregate)
 
 @method(family="ratios", paper="arXiv:2505.24298")
@@ -38,7 +38,7 @@ def decoupled_ppo_masked_loss(logp: PerToken, logp_old: PerToken, logp_mu: PerTo
                               eps_low: Clip = 0.2, eps_high: Clip = 0.2, weight_cap: WeightCap = 5.0,
                               aggregate: Aggregate = token_mean) -> tuple[torch.Tensor, Stats]:
     "Decoupled PPO that leaves out a token whose weight exceeds `weight_cap`; the mean is still over all tokens."
-    weight = bounded_exp(log_ratio(logp_old, logp_mu, mask).detach())
+    weight = raw(token_ratio)(logp_old, logp_mu, mask)
     return _weighted(logp, logp_old, weight * (weight <= weight_cap), adv, mask, eps_low, eps_high, aggregate)
 
 # %% ../../nbs/ratios/decoupled.ipynb #cd67a80f

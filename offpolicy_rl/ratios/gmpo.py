@@ -10,7 +10,7 @@ from typing import Annotated
 import torch
 
 from ..advantages.grpo import grpo_advantage
-from ..core import (Advantage, Aggregate, PerToken, Range, Stats, TokenMask, bounded_exp, lengths, method, per_sequence, seq_mean_token_mean,
+from ..core import (Advantage, Aggregate, PerToken, Range, Stats, TokenMask, bounded_exp, method, per_sequence, seq_mean_token_mean,
                                token_mean)
 from .importance import log_ratio
 from ..recipes import Recipe
@@ -29,7 +29,7 @@ def gmpo_loss(logp: PerToken, logp_old: PerToken, adv: Advantage, mask: TokenMas
     "GMPO: the geometric mean of the response's token ratios, each clipped in log space on the side it is pushed to, times the advantage."
     s = log_ratio(logp, logp_old, mask)
     adv = per_sequence(adv, mask)[:, None].expand_as(mask)
-    mean = clipped_log_ratio(s, adv, eps).sum(-1, keepdim=True) / lengths(mask).clamp(min=1)[:, None]
+    mean = per_sequence(clipped_log_ratio(s, adv, eps), mask)[:, None]
     stopped = ((adv > 0) & (s > eps)) | ((adv < 0) & (s < -eps))
     return aggregate(-adv * bounded_exp(mean), mask), dict(clip_fraction=token_mean(stopped.to(adv.dtype), mask))
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import torch
 
 from ..advantages.grpo import grpo_advantage
-from ..core import (Advantage, Aggregate, PerSequence, PerToken, Range, Stats, TokenMask, bounded_exp, lengths, method, per_sequence, per_token,
+from ..core import (Advantage, Aggregate, PerSequence, PerToken, Range, Stats, TokenMask, bounded_exp, method, per_sequence, per_token,
                                seq_mean_token_mean)
 from .importance import log_ratio
 from .ppo import clip_fraction, clipped_surrogate
@@ -21,7 +21,7 @@ NarrowClip = Annotated[float, Range(1e-4, 1.0, log=True, limits=(0, math.inf))]
 
 def geometric_mean_ratio(logp: PerToken, logp_old: PerToken, mask: TokenMask) -> PerSequence:
     "The sequence's ratio to the power 1/length: the geometric mean of its tokens' ratios, with gradient; 1 for a row without tokens."
-    return bounded_exp(log_ratio(logp, logp_old, mask).sum(-1) / lengths(mask).clamp(min=1))
+    return bounded_exp(per_sequence(log_ratio(logp, logp_old, mask), mask))
 
 # %% ../../nbs/ratios/gspo.ipynb #5e48e6d3
 @method(family="ratios", paper="arXiv:2507.18071")

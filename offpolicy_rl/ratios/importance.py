@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..advantages.grpo import grpo_advantage
-from ..core import PerSequence, PerToken, TokenMask, bounded_exp, lengths, method
+from ..core import PerSequence, PerToken, TokenMask, bounded_exp, lengths, method, per_sequence
 from ..recipes import Recipe
 from ..reinforce.reinforce import reinforce_loss
 
@@ -39,8 +39,7 @@ def sequence_ratio(logp: PerToken, logp_mu: PerToken, mask: TokenMask) -> PerTok
 @method(family="ratios", paper="arXiv:2507.18071")
 def geometric_ratio(logp: PerToken, logp_mu: PerToken, mask: TokenMask) -> PerToken:
     "The geometric mean of a response's ratios, given to each of its tokens: hardly any variance, and the bias of almost no correction."
-    mean = log_ratio(logp, logp_mu, mask).detach().sum(-1, keepdim=True) / lengths(mask).clamp(min=1)[:, None]
-    return bounded_exp(mean) * mask
+    return bounded_exp(per_sequence(log_ratio(logp, logp_mu, mask).detach(), mask))[:, None] * mask
 
 # %% ../../nbs/ratios/importance.ipynb #1e9b1852
 @method(family="ratios", paper="textbook")
@@ -51,11 +50,10 @@ def self_normalised_ratio(logp: PerToken, logp_mu: PerToken, mask: TokenMask) ->
     return torch.where(live, weight, 0)[:, None] * mask
 
 # %% ../../nbs/ratios/importance.ipynb #d3966f35
-def effective_sample_size(weight: PerSequence) -> Tensor:
-    "(sum w)^2 / sum w^2 as a share of the samples: 1 when all weights are equal, 1/b when one sample carries everything."
-    # weights relative to the largest: neither square over- nor underflows
-    w = weight / weight.max().clamp(min=torch.finfo(weight.dtype).tiny)
-    return w.sum() ** 2 / (w ** 2).sum().clamp(min=torch.finfo(weight.dtype).tiny) / len(w)
+def effective_sample_size(log_weight: PerSequence) -> Tensor:
+    "(sum w)^2 / sum w^2 of the weights e^log_weight, as a share of the samples: 1 when all are equal, 1/b when one sample carries everything."
+    w = (log_weight - log_weight.max()).exp()      # relative to the largest: nothing overflows
+    return w.sum() ** 2 / (w ** 2).sum() / len(w)
 
 # %% ../../nbs/ratios/importance.ipynb #828ce09e
 token_is = Recipe("token_is", advantage=grpo_advantage, ratio=token_ratio, loss=reinforce_loss, paper="textbook",

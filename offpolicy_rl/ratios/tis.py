@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..advantages.grpo import grpo_advantage
-from ..core import Advantage, PerToken, PerVocab, Range, TokenIds, TokenMask, bounded_exp, lengths, method, per_token
-from .importance import log_ratio
+from ..core import Advantage, PerToken, PerVocab, Range, TokenIds, TokenMask, bounded_exp, method, per_sequence, per_token, raw
+from .importance import geometric_ratio, log_ratio, sequence_ratio, token_ratio
 from .ppo import ppo_loss
 from ..recipes import Recipe
 
@@ -27,12 +27,12 @@ Floor = Annotated[float, Range(0.0, 1.0, limits=(0, math.inf))]
 @method(family="ratios", paper="Yao et al. 2025, fengyao.notion.site/off-policy-rl")
 def truncated_token_ratio(logp_old: PerToken, logp_mu: PerToken, mask: TokenMask, *, cap: Bound = 2.0) -> PerToken:
     "TIS: the ratio of the trainer's proximal policy to the engine's, token by token, at most `cap`."
-    return bounded_exp(log_ratio(logp_old, logp_mu, mask).detach()).clamp(max=cap) * mask
+    return raw(token_ratio)(logp_old, logp_mu, mask).clamp(max=cap)
 
 @method(family="ratios", paper="Yao et al. 2025, fengyao.notion.site/off-policy-rl")
 def truncated_sequence_ratio(logp_old: PerToken, logp_mu: PerToken, mask: TokenMask, *, cap: Bound = 2.0) -> PerToken:
     "The same ratio for the whole response, at most `cap`, given to each of its tokens."
-    return bounded_exp(log_ratio(logp_old, logp_mu, mask).detach().sum(-1, keepdim=True)).clamp(max=cap) * mask
+    return raw(sequence_ratio)(logp_old, logp_mu, mask).clamp(max=cap)
 
 # %% ../../nbs/ratios/tis.ipynb #789ab150
 def _inside(weight: Tensor, low: float, high: float) -> Tensor:
@@ -42,14 +42,14 @@ def _inside(weight: Tensor, low: float, high: float) -> Tensor:
 @method(family="ratios", paper="arXiv:2510.18855")
 def masked_token_ratio(logp_old: PerToken, logp_mu: PerToken, mask: TokenMask, *, alpha: Floor = 0.5, beta: Bound = 5.0) -> PerToken:
     "IcePop: the ratio of each token where it lies in [alpha, beta]; a token outside teaches nothing."
-    weight = bounded_exp(log_ratio(logp_old, logp_mu, mask).detach())
-    return weight * _inside(weight, alpha, beta) * mask
+    weight = raw(token_ratio)(logp_old, logp_mu, mask)
+    return weight * _inside(weight, alpha, beta)
 
 @method(family="ratios", paper="Liu et al. 2025, richardli.xyz/rl-collapse")
 def masked_sequence_ratio(logp_old: PerToken, logp_mu: PerToken, mask: TokenMask, *, cap: Bound = 3.0, floor: Floor = 0.0) -> PerToken:
     "MIS: the ratio of the whole response where it lies in [floor, cap]; a response outside teaches nothing."
-    weight = bounded_exp(log_ratio(logp_old, logp_mu, mask).detach().sum(-1, keepdim=True))
-    return weight * _inside(weight, floor, cap) * mask
+    weight = raw(sequence_ratio)(logp_old, logp_mu, mask)
+    return weight * _inside(weight, floor, cap)
 
 @method(family="ratios", paper="arXiv:2512.02556")
 def deepseek_mask_ratio(logp: PerToken, logp_mu: PerToken, adv: Advantage, mask: TokenMask, *,
@@ -58,7 +58,7 @@ def deepseek_mask_ratio(logp: PerToken, logp_mu: PerToken, adv: Advantage, mask:
 
     Near is at most `delta` nats a token; the distance is the mean of log mu - log pi over the response's own tokens.
     Good responses always count. The paper gives no `delta`."""
-    distance = -log_ratio(logp, logp_mu, mask).detach().sum(-1, keepdim=True) / lengths(mask).clamp(min=1)[:, None]
+    distance = -per_sequence(log_ratio(logp, logp_mu, mask).detach(), mask)[:, None]
     return ((per_token(adv, mask) >= 0) | (distance <= delta)).to(mask.dtype) * mask
 
 # %% ../../nbs/ratios/tis.ipynb #e4221a90
@@ -67,24 +67,23 @@ Limit = Annotated[float, Range(0.001, 3.0, log=True, limits=(0, math.inf))]
 @method(family="ratios", paper="Liu et al. 2025, richardli.xyz/rl-collapse")
 def token_rejection_ratio(logp_old: PerToken, logp_mu: PerToken, mask: TokenMask, *, low: Floor = 0.5, high: Bound = 2.0) -> PerToken:
     "1 for each token whose ratio lies in [low, high], else 0: no weight, only a choice (per token, k1, k2 and k3 are all of this form)."
-    return _inside(bounded_exp(log_ratio(logp_old, logp_mu, mask).detach()), low, high) * mask
+    return _inside(raw(token_ratio)(logp_old, logp_mu, mask), low, high) * mask
 
 @method(family="ratios", paper="Liu et al. 2025, richardli.xyz/rl-collapse")
 def sequence_rejection_ratio(logp_old: PerToken, logp_mu: PerToken, mask: TokenMask, *, low: Floor = 0.5, high: Bound = 2.0) -> PerToken:
     "1 for each response whose ratio, the product over its tokens, lies in [low, high] (k1, summed)."
-    return _inside(bounded_exp(log_ratio(logp_old, logp_mu, mask).detach().sum(-1, keepdim=True)), low, high) * mask
+    return _inside(raw(sequence_ratio)(logp_old, logp_mu, mask), low, high) * mask
 
 @method(family="ratios", paper="Liu et al. 2025, richardli.xyz/rl-collapse")
 def geometric_rejection_ratio(logp_old: PerToken, logp_mu: PerToken, mask: TokenMask, *, low: Floor = 0.999,
                               high: Bound = 1.001) -> PerToken:
     "1 for each response whose geometric mean ratio lies in [low, high] (k1, averaged): longer responses are not rejected more."
-    mean = log_ratio(logp_old, logp_mu, mask).detach().sum(-1, keepdim=True) / lengths(mask).clamp(min=1)[:, None]
-    return _inside(bounded_exp(mean), low, high) * mask
+    return _inside(raw(geometric_ratio)(logp_old, logp_mu, mask), low, high) * mask
 
 @method(family="ratios", paper="Liu et al. 2025, richardli.xyz/rl-collapse")
 def all_tokens_rejection_ratio(logp_old: PerToken, logp_mu: PerToken, mask: TokenMask, *, low: Floor = 0.5, high: Bound = 2.0) -> PerToken:
     "1 for each response all of whose tokens have their ratio in [low, high] (the largest k2 or k3): one token out, all out."
-    kept = _inside(bounded_exp(log_ratio(logp_old, logp_mu, mask).detach()), low, high)
+    kept = _inside(raw(token_ratio)(logp_old, logp_mu, mask), low, high)
     return (1 - (1 - kept) * mask).prod(-1, keepdim=True) * mask
 
 # %% ../../nbs/ratios/tis.ipynb #926d2594
@@ -99,13 +98,13 @@ def _k3(s: Tensor) -> Tensor:
 @method(family="ratios", paper="Liu et al. 2025, richardli.xyz/rl-collapse")
 def mean_k2_rejection_ratio(logp_old: PerToken, logp_mu: PerToken, mask: TokenMask, *, limit: Limit = 0.01) -> PerToken:
     "1 for each response whose tokens have a mean k2 of at most `limit`."
-    mean = _k2(log_ratio(logp_old, logp_mu, mask).detach()).sum(-1, keepdim=True) / lengths(mask).clamp(min=1)[:, None]
+    mean = per_sequence(_k2(log_ratio(logp_old, logp_mu, mask).detach()), mask)[:, None]
     return (mean <= limit).to(mask.dtype) * mask
 
 @method(family="ratios", paper="Liu et al. 2025, richardli.xyz/rl-collapse")
 def mean_k3_rejection_ratio(logp_old: PerToken, logp_mu: PerToken, mask: TokenMask, *, limit: Limit = 0.01) -> PerToken:
     "1 for each response whose tokens have a mean k3 of at most `limit`."
-    mean = _k3(log_ratio(logp_old, logp_mu, mask).detach()).sum(-1, keepdim=True) / lengths(mask).clamp(min=1)[:, None]
+    mean = per_sequence(_k3(log_ratio(logp_old, logp_mu, mask).detach()), mask)[:, None]
     return (mean <= limit).to(mask.dtype) * mask
 
 @method(family="ratios", paper="Liu et al. 2025, richardli.xyz/rl-collapse")

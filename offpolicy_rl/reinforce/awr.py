@@ -10,15 +10,15 @@ from typing import Annotated
 import torch
 
 from ..advantages.grpo import dr_grpo_advantage
-from ..core import (Advantage, Aggregate, PerToken, Range, Stats, TokenMask, bounded_exp, method, per_token, seq_mean_token_sum,
-                               token_mean)
+from ..core import (Advantage, Aggregate, PerToken, Range, Stats, TokenMask, bounded_exp, method, per_token, reward_to_go,
+                               seq_mean_token_sum, token_mean)
 from ..recipes import Recipe
 
 # %% ../../nbs/reinforce/awr.ipynb #14f5ed8e
 @method(family="reinforce", paper="arXiv:1910.00177")
 def value_advantage(reward_t: PerToken, value: PerToken, mask: TokenMask) -> PerToken:
     "The reward that came at a token or later, less what the critic expected there."
-    return (reward_t.flip(-1).cumsum(-1).flip(-1) - value) * mask
+    return (reward_to_go(reward_t) - value) * mask
 
 # %% ../../nbs/reinforce/awr.ipynb #2fa219b0
 @method(family="reinforce", paper="arXiv:1910.00177")

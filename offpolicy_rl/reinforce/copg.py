@@ -9,18 +9,16 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from ..core import PerSequence, PerToken, Range, SequenceIds, Stats, TokenMask, lengths, method, same_group
+from ..core import PerSequence, PerToken, Range, SequenceIds, Siblings, Stats, TokenMask, method, siblings
 from ..ratios.importance import log_ratio
 from ..recipes import Recipe
 
 # %% ../../nbs/reinforce/copg.ipynb #4b7d91df
 Beta = Annotated[float, Range(0.01, 2, log=True, limits=(0, 1e6))]
 
-def group_pairs(group: SequenceIds, mask: TokenMask) -> Tensor:
+def group_pairs(group: SequenceIds, mask: TokenMask) -> Siblings:
     "1 (b, b) where two different responses with at least one token each answer the same prompt, else 0."
-    live = (lengths(mask) > 0).to(mask.dtype)
-    other = 1 - torch.eye(len(group), dtype=mask.dtype, device=mask.device)
-    return same_group(group, mask.dtype) * live[:, None] * live[None, :] * other
+    return siblings(group, mask) * (1 - torch.eye(len(group), dtype=mask.dtype, device=mask.device))
 
 def differences(x: PerSequence) -> Tensor:
     "x_i - x_j, (b, b)."

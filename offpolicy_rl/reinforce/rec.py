@@ -2,11 +2,10 @@
 
 # %% auto #0
 __all__ = ['FarLow', 'FarHigh', 'Strength', 'rec_oneside', 'rec_oneside_is', 'rec_twoside', 'rec_ring', 'rec_gspo', 'opmd',
-           'asymre', 'red_drop', 'red_weight', 'detached_ratio', 'detached_mean_ratio', 'oneside', 'twoside',
-           'masked_reinforce', 'rec_oneside_loss', 'rec_oneside_is_loss', 'rec_twoside_loss', 'rec_twoside_is_loss',
-           'ring', 'rec_ring_loss', 'rec_ring_is_loss', 'rec_gspo_loss', 'rec_gspo_is_loss', 'opmd_loss',
-           'opmd_sequence_loss', 'asymre_loss', 'logavgexp_advantage', 'red_weight_advantage', 'scattered',
-           'kept_share', 'red_drop_advantage']
+           'asymre', 'red_drop', 'red_weight', 'oneside', 'twoside', 'masked_reinforce', 'rec_oneside_loss',
+           'rec_oneside_is_loss', 'rec_twoside_loss', 'rec_twoside_is_loss', 'ring', 'rec_ring_loss',
+           'rec_ring_is_loss', 'rec_gspo_loss', 'rec_gspo_is_loss', 'opmd_loss', 'opmd_sequence_loss', 'asymre_loss',
+           'logavgexp_advantage', 'red_weight_advantage', 'scattered', 'kept_share', 'red_drop_advantage']
 
 # %% ../../nbs/reinforce/rec.ipynb #abf5da35
 import functools
@@ -17,22 +16,14 @@ import torch
 
 from ..advantages.grpo import dr_grpo_advantage
 from ..core import (Advantage, Aggregate, PerSequence, PerToken, Range, SequenceIds, Stats, TokenMask, bounded_exp,
-                               group_centred, group_size, method, per_token, same_group, seq_mean_token_mean, seq_mean_token_sum, token_mean)
-from ..ratios.gspo import NarrowClip, geometric_mean_ratio
-from ..ratios.importance import log_ratio
+                               group_centred, group_size, method, per_token, raw, same_group, seq_mean_token_mean, seq_mean_token_sum, token_mean)
+from ..ratios.gspo import NarrowClip
+from ..ratios.importance import geometric_ratio, log_ratio, token_ratio
 from ..ratios.ppo import Clip
 from ..recipes import Recipe
 from .reinforce import reinforce_loss
 
 # %% ../../nbs/reinforce/rec.ipynb #ee60a06a
-def detached_ratio(logp: PerToken, logp_old: PerToken, mask: TokenMask) -> PerToken:
-    "pi / pi_old of each token, without gradient; 1 on padding."
-    return bounded_exp(log_ratio(logp, logp_old, mask).detach())
-
-def detached_mean_ratio(logp: PerToken, logp_old: PerToken, mask: TokenMask) -> PerToken:
-    "The geometric mean of a response's ratios, given to each of its tokens; without gradient."
-    return geometric_mean_ratio(logp, logp_old, mask).detach()[:, None].expand_as(mask)
-
 def oneside(ratio: PerToken, adv: PerToken, eps_low: float, eps_high: float) -> torch.Tensor:
     "True where a token has not yet gone too far the way that its advantage pushes it: where PPO's clip leaves a gradient."
     return ((adv >= 0) & (ratio <= 1 + eps_high)) | ((adv <= 0) & (ratio >= 1 - eps_low))
@@ -52,14 +43,14 @@ def rec_oneside_loss(logp: PerToken, logp_old: PerToken, adv: Advantage, mask: T
                      aggregate: Aggregate = token_mean) -> tuple[torch.Tensor, Stats]:
     "REINFORCE with PPO's mask and without PPO's ratio: a token counts fully until it has gone too far the way it is pushed."
     adv = per_token(adv, mask)
-    kept = oneside(detached_ratio(logp, logp_old, mask), adv, eps_low, eps_high)
+    kept = oneside(raw(token_ratio)(logp, logp_old, mask), adv, eps_low, eps_high)
     return masked_reinforce(kept, 1.0, logp, adv, mask, aggregate)
 
 @method(family="reinforce", system=2, paper="arXiv:2509.24203, REC-OneSide-IS")
 def rec_oneside_is_loss(logp: PerToken, logp_old: PerToken, adv: Advantage, mask: TokenMask, *, eps_low: Clip = 0.2, eps_high: Clip = 0.2,
                         aggregate: Aggregate = token_mean) -> tuple[torch.Tensor, Stats]:
     "REINFORCE with PPO's mask and PPO's ratio: the gradient of PPO-clip."
-    adv, ratio = per_token(adv, mask), detached_ratio(logp, logp_old, mask)
+    adv, ratio = per_token(adv, mask), raw(token_ratio)(logp, logp_old, mask)
     return masked_reinforce(oneside(ratio, adv, eps_low, eps_high), ratio, logp, adv, mask, aggregate)
 
 # %% ../../nbs/reinforce/rec.ipynb #1c05b432
@@ -67,14 +58,14 @@ def rec_oneside_is_loss(logp: PerToken, logp_old: PerToken, adv: Advantage, mask
 def rec_twoside_loss(logp: PerToken, logp_old: PerToken, adv: Advantage, mask: TokenMask, *, eps_low: Clip = 0.2, eps_high: Clip = 0.2,
                      aggregate: Aggregate = token_mean) -> tuple[torch.Tensor, Stats]:
     "REINFORCE on the tokens near their old probability only, whichever way they are pushed."
-    kept = twoside(detached_ratio(logp, logp_old, mask), eps_low, eps_high)
+    kept = twoside(raw(token_ratio)(logp, logp_old, mask), eps_low, eps_high)
     return masked_reinforce(kept, 1.0, logp, per_token(adv, mask), mask, aggregate)
 
 @method(family="reinforce", system=2, paper="arXiv:2509.24203, REC-TwoSide-IS")
 def rec_twoside_is_loss(logp: PerToken, logp_old: PerToken, adv: Advantage, mask: TokenMask, *, eps_low: Clip = 0.2, eps_high: Clip = 0.2,
                         aggregate: Aggregate = token_mean) -> tuple[torch.Tensor, Stats]:
     "REINFORCE on the tokens near their old probability only, each weighted by its ratio."
-    ratio = detached_ratio(logp, logp_old, mask)
+    ratio = raw(token_ratio)(logp, logp_old, mask)
     return masked_reinforce(twoside(ratio, eps_low, eps_high), ratio, logp, per_token(adv, mask), mask, aggregate)
 
 # %% ../../nbs/reinforce/rec.ipynb #5d35b35c
@@ -93,14 +84,14 @@ def rec_ring_loss(logp: PerToken, logp_old: PerToken, adv: Advantage, mask: Toke
                   far_low: FarLow = 0.6, far_high: FarHigh = 2.0, aggregate: Aggregate = token_mean) -> tuple[torch.Tensor, Stats]:
     "REINFORCE on the tokens near their old probability, and on those far from it that their advantage brings back."
     adv = per_token(adv, mask)
-    kept = ring(detached_ratio(logp, logp_old, mask), adv, eps_low, eps_high, far_low, far_high)
+    kept = ring(raw(token_ratio)(logp, logp_old, mask), adv, eps_low, eps_high, far_low, far_high)
     return masked_reinforce(kept, 1.0, logp, adv, mask, aggregate)
 
 @method(family="reinforce", system=2, paper="arXiv:2509.24203, REC-Ring with importance sampling")
 def rec_ring_is_loss(logp: PerToken, logp_old: PerToken, adv: Advantage, mask: TokenMask, *, eps_low: Clip = 0.2, eps_high: Clip = 0.2,
                      far_low: FarLow = 0.6, far_high: FarHigh = 2.0, aggregate: Aggregate = token_mean) -> tuple[torch.Tensor, Stats]:
     "The ring, each of its tokens weighted by its ratio."
-    adv, ratio = per_token(adv, mask), detached_ratio(logp, logp_old, mask)
+    adv, ratio = per_token(adv, mask), raw(token_ratio)(logp, logp_old, mask)
     return masked_reinforce(ring(ratio, adv, eps_low, eps_high, far_low, far_high), ratio, logp, adv, mask, aggregate)
 
 # %% ../../nbs/reinforce/rec.ipynb #7e565bea
@@ -110,7 +101,7 @@ def rec_gspo_loss(logp: PerToken, logp_old: PerToken, adv: Advantage, mask: Toke
                   aggregate: Aggregate = seq_mean_token_mean) -> tuple[torch.Tensor, Stats]:
     "REINFORCE on whole responses, each until the geometric mean of its ratios has gone too far the way it is pushed."
     adv = per_token(adv, mask)
-    kept = oneside(detached_mean_ratio(logp, logp_old, mask), adv, eps_low, eps_high)
+    kept = oneside(raw(geometric_ratio)(logp, logp_old, mask), adv, eps_low, eps_high)
     return masked_reinforce(kept, 1.0, logp, adv, mask, aggregate)
 
 @method(family="reinforce", system=2, paper="arXiv:2509.24203, REC-GSPO-IS")
@@ -118,7 +109,7 @@ def rec_gspo_is_loss(logp: PerToken, logp_old: PerToken, adv: Advantage, mask: T
                      eps_low: NarrowClip = 3e-4, eps_high: NarrowClip = 4e-4,
                      aggregate: Aggregate = seq_mean_token_mean) -> tuple[torch.Tensor, Stats]:
     "The same, weighted by that mean ratio: the gradient of GSPO."
-    adv, ratio = per_token(adv, mask), detached_mean_ratio(logp, logp_old, mask)
+    adv, ratio = per_token(adv, mask), raw(geometric_ratio)(logp, logp_old, mask)
     return masked_reinforce(oneside(ratio, adv, eps_low, eps_high), ratio, logp, adv, mask, aggregate)
 
 # %% ../../nbs/reinforce/rec.ipynb #f83ca11d

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..core import reward_to_go
+
 # %% ../../nbs/toys/lqr.ipynb #329b04cf
 def _matrix(name: str, x, shape: tuple[int, ...]) -> Tensor:
     made = torch.as_tensor(x, dtype=torch.float64)
@@ -105,7 +107,7 @@ class Regulator:
         value, zeros = self.state_value(state), torch.zeros(n, dtype=torch.long)
         logp_mu = self.logp(self.K_mu, self.sigma_mu, state, action)
         return dict(logp=self.logp(self.K, self.sigma, state, action), logp_mu=logp_mu, logp_old=logp_mu, mask=torch.ones_like(reward_t),
-                    reward=reward_t.sum(-1), reward_t=reward_t, adv=reward_t.flip(-1).cumsum(-1).flip(-1) - value, value=value, group=zeros,
+                    reward=reward_t.sum(-1), reward_t=reward_t, adv=reward_to_go(reward_t) - value, value=value, group=zeros,
                     turn=torch.zeros_like(reward_t, dtype=torch.long), age=zeros, expert=zeros.bool(), state=state, action=action)
 
     def score(self, batch: dict[str, Tensor]) -> Tensor:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..core import reward_to_go
+
 # %% ../../nbs/toys/toy.ipynb #24389f94
 @dataclass(frozen=True)
 class Tabular:
@@ -130,7 +132,7 @@ class Toy:
 
     def reward_to_go(self) -> Tensor:
         "Reward (n, t) that comes at each position or later."
-        return self.reward_t.flip(-1).cumsum(-1).flip(-1)
+        return reward_to_go(self.reward_t)
 
     def _conditional(self, key: Tensor, keys: int, table: Tensor) -> Tensor:
         "Expected reward to go for each of `keys` events, given that an outcome passes through it: `key` is (n, t) integers, the event at each position."
