@@ -50,8 +50,14 @@ def cells(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
 
 def stale_name(record: Record) -> str:
     "How far off-policy a run was, in words."
-    k = record["config"]["staleness"]
-    return {"offline": "offline", 1: "on-policy"}.get(k, f"up to {int(k) - 1} updates old" if k != "offline" else "")
+    config = record["config"]  # older records do not name what they had no choice of
+    k, mode = config["staleness"], config.get("mode", "sync")
+    if k == "offline": named = "offline"
+    elif mode == "lag": named = f"exactly {k} updates old"
+    elif mode == "async": named = f"asynchronous, at most {k} old"
+    elif k == 1: named = "on-policy" if mode == "sync" else f"on-policy, {mode}"
+    else: named = f"up to {k - 1} updates old"
+    return f"{named}, replay" if config.get("replay", 0) else named
 
 
 def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
