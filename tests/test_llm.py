@@ -367,7 +367,7 @@ def test_what_a_recipe_names_is_made_and_nothing_else(monkeypatch):
     (dict(recipe="nonesuch"), "expected one of .*topr.*got 'nonesuch'"), (dict(knobs={"neg_cap": -1.0}), "neg_cap: expected a number in"),
     (dict(knobs={"nonesuch": 1}), "topr has no knob 'nonesuch'; it has .*neg_cap"), (dict(steps=0), "steps: expected a number of at least 1, got 0"),
     (dict(staleness="never"), "staleness: expected a number of at least 1 or offline, got 'never'"), (dict(lr=math.nan), "lr: expected a positive number"),
-    (dict(old="older"), "old: expected one of None, behaviour, proximal, got 'older'"), (dict(minibatches=0), "minibatches: expected a number of at least 1"),
+    (dict(old="older"), "old: expected one of None, behaviour, .*got 'older'"), (dict(minibatches=0), "minibatches: expected a number of at least 1"),
     (dict(final_lr=1.0), "final_lr: expected None or a number from 0 to lr=0.0003, got 1.0")])
 def test_what_cannot_run_is_said_before_it_runs(wrong, message):
     with pytest.raises(ValueError, match=message): resolve(TrainConfig(**wrong))

@@ -44,7 +44,7 @@ def knob_values(args: argparse.Namespace) -> dict[str, Any]:
     "The knobs that were given, by their names in the recipe."
     return {name.removeprefix("knob:"): x for name, x in vars(args).items() if name.startswith("knob:")}
 
-# %% ../../nbs/llm/cli.ipynb #38eb3bf7
+# %% ../../nbs/llm/cli.ipynb #d636065e
 class _Parser(argparse.ArgumentParser):
     "A parser whose errors are one line."
     def error(self, message: str) -> None:
@@ -62,43 +62,65 @@ def staleness(text: str) -> int | str:
 
 def _run_flags(parser: argparse.ArgumentParser) -> None:
     "Flags that train and compare share; a flag that is not given leaves the default of TrainConfig."
-    from offpolicy_rl.llm.config import AGGREGATES, DTYPES, TrainConfig
+    from offpolicy_rl.llm.config import TrainConfig
     default = {f.name: f.default for f in fields(TrainConfig)}
 
     def add(group, name: str, kind, text: str, **more) -> None:
-        shown = f"{text} (default {default[name]})" if default[name] is not None else text
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help=shown, **more)
-    what = parser.add_argument_group("what to train on")
-    add(what, "task", str, "sort, countdown, or one that you registered")
-    add(what, "model", str, "embedded (a small model, made here in ten seconds), a folder in Hugging Face format, or a name on the hub")
-    add(what, "steps", int, "updates")
-    add(what, "prompts_per_step", int, "prompts in an update")
-    add(what, "group_size", int, "responses to each prompt")
-    add(what, "max_tokens", int, "longest response; the task's by default")
-    add(what, "temperature", float, "of sampling")
-    how = parser.add_argument_group("how to learn")
-    add(how, "lr", float, "learning rate of AdamW")
-    add(how, "final_lr", float, "learning rate at the last update, reached along a straight line; constant by default")
-    add(how, "warmup", int, "updates until the full learning rate")
-    add(how, "grad_clip", float, "largest norm of the gradient")
-    add(how, "weight_decay", float, "of AdamW")
-    add(how, "aggregate", str, "how the loss is averaged over tokens; the recipe's own by default", choices=AGGREGATES)
-    add(how, "old", str, "what logp_old is: the policy that sampled, or the trainer's own at the start of an iteration; by default the latter where "
-        "the recipe names both", choices=("behaviour", "proximal"))
-    add(how, "minibatches", int, "updates in such an iteration")
-    add(how, "critic_lr", float, "learning rate of the critic, where the recipe has one")
-    add(how, "eval_every", int, "updates between two evaluations")
-    add(how, "eval_prompts", int, "held-out prompts of an evaluation")
-    where = parser.add_argument_group("where to run")
-    add(where, "device", str, "cpu, cuda, cuda:1, ...")
-    add(where, "dtype", str, "of the trained weights", choices=DTYPES)
-    add(where, "engine_dtype", str, "of the sampling weights, e.g. bfloat16 for a real mismatch; the same by default", choices=DTYPES)
-    add(where, "micro_batch", int, "responses in one forward pass; all by default")
-    add(where, "save_every", int, "updates between two checkpoints; a killed run goes on from its last one")
-    add(where, "keep_rollouts", int, "updates between two batches that are kept beside the record, for explore_run; 0 keeps none")
-    add(where, "window", int, "updates whose metrics are averaged into one value of the final record: 10 keeps a tenth")
-    where.add_argument("--save-model", action="store_true", default=argparse.SUPPRESS, help="keep the trained model in Hugging Face format")
-    where.add_argument("--afresh", action="store_true", help="start anew although there is a finished run or a checkpoint")
+        shown = text if default[name] is None or kind is bool else f"{text} (default {default[name]})"
+        how = dict(action="store_true") if kind is bool else dict(type=kind)
+        group.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=shown, **how, **more)
+    for title, flags in (("what to train on", _TASK), ("how to sample", _SAMPLING), ("how to learn", _LEARNING), ("where to run", _PLACE)):
+        group = parser.add_argument_group(title)
+        for name, kind, text, *known in flags: add(group, name, kind, text, **(dict(choices=_choices(*known)) if known else {}))
+        if flags is _PLACE: group.add_argument("--afresh", action="store_true", help="start anew although there is a finished run or a checkpoint")
+
+
+def _choices(name: str) -> tuple[str, ...]:
+    "One of the lists of names in the configuration's module."
+    from offpolicy_rl.llm import config
+    return getattr(config, name)
+
+
+_TASK = (("task", str, "sort, countdown, or one that you registered"),
+         ("model", str, "embedded (a small model, made here in ten seconds), a folder in Hugging Face format, or a name on the hub"),
+         ("steps", int, "updates"), ("prompts_per_step", int, "prompts in an update"), ("group_size", int, "responses to each prompt"),
+         ("max_tokens", int, "longest response; the task's by default"), ("verify_timeout", float, "seconds that the verifier has for a response"))
+_SAMPLING = (("mode", str, "how sampling and updates take turns: sync brings the sampling weights up to date every K updates, with lag they are "
+                           "always K updates old, periodic overlaps the two within an update, async overlaps them and is at most K updates behind", "MODES"),
+             ("partial", bool, "in mode async: newer weights take over between two tokens of a response"),
+             ("engine", str, "what samples: hf, vllm, vllm-server, or the http address of a vLLM server"),
+             ("engine_dtype", str, "of the sampling weights, e.g. bfloat16 for a real mismatch; the same by default", "DTYPES"),
+             ("engine_device", str, "of the sampling weights, in mode periodic or async; the same by default"), ("temperature", float, "of sampling"),
+             ("top_p", float, "sample from the smallest set of tokens that holds this mass"), ("top_k", int, "sample from that many tokens; 0: from all"),
+             ("min_p", float, "sample from tokens with at least this share of the most probable one's probability"),
+             ("replay", int, "responses that the replay buffer holds; 0: no replay"), ("replay_share", float, "of each batch that comes from the buffer"),
+             ("replay_age", int, "updates after which a stored response is dropped; never by default"),
+             ("replay_by", str, "how stored responses are drawn", "REPLAY"),
+             ("replay_memory", int, "stored responses in memory, the others on the disk; all by default"))
+_LEARNING = (("lr", float, "learning rate of AdamW"),
+             ("final_lr", float, "learning rate at the last update, reached along a straight line; constant by default"),
+             ("warmup", int, "updates until the full learning rate"), ("grad_clip", float, "largest norm of the gradient"), ("weight_decay", float, "of AdamW"),
+             ("aggregate", str, "how the loss is averaged over tokens; the recipe's own by default", "AGGREGATES"),
+             ("old", str, "what logp_old is: the policy that sampled as its engine reported it (behaviour), the same by stored weights (snapshot) or by a "
+                          "second model, the trainer's own at the start of an iteration (proximal), a point between (interpolation), or an average of the "
+                          "weights (ewma); by default proximal where the recipe names both, else behaviour", "OLD"),
+             ("old_alpha", float, "of interpolation: the share of the way from the behaviour to the policy"),
+             ("old_beta", float, "of ewma: how slowly the average moves; by default n/(n+1) with n the samples' mean age"),
+             ("minibatches", int, "updates in an iteration of the proximal policy"),
+             ("critic_lr", float, "learning rate of the critic, where the recipe has one"),
+             ("eval_every", int, "updates between two evaluations"), ("eval_prompts", int, "held-out prompts of an evaluation"))
+_PLACE = (("device", str, "cpu, cuda, cuda:1, ..."), ("dtype", str, "of the trained weights", "DTYPES"),
+          ("autocast", str, "type of the forward pass beside float32 weights: bfloat16 or float16"),
+          ("micro_batch", int, "responses in one forward pass; all by default"),
+          ("logp_chunk", int, "tokens whose logits exist at a time; all by default"),
+          ("gradient_checkpointing", bool, "compute activations again instead of keeping them: slower, with less memory"),
+          ("compile", bool, "compile forward and backward pass; pays in long runs"),
+          ("lora", int, "rank of a low-rank adapter that is trained in place of the weights; 0: none"),
+          ("save_every", int, "updates between two checkpoints; a killed run goes on from its last one"),
+          ("keep_checkpoints", int, "how many of the last checkpoints stay"),
+          ("keep_rollouts", int, "updates between two batches that are kept beside the record, for explore_run; 0 keeps none"),
+          ("window", int, "updates whose metrics are averaged into one value of the final record: 10 keeps a tenth"),
+          ("save_model", bool, "keep the trained model in Hugging Face format"))
 
 
 def build_parser(recipe: Recipe | None = None) -> argparse.ArgumentParser:
@@ -126,10 +148,12 @@ def _train_parser(commands, recipe: Recipe | None) -> None:
                                 epilog="With --recipe NAME --help, the recipe's own knobs are listed too.")
     train.add_argument("--recipe", default="topr", help="what to train with (default topr; offpolicy list --recipes shows all)")
     train.add_argument("--staleness", type=staleness, default=1, metavar="K",
-                       help="updates between two refreshes of the sampling weights, or offline (default 1: on-policy)")
+                       help="how many updates old samples may be, see --mode; in mode sync, updates between two refreshes of the sampling weights, or offline "
+                            "(default 1: on-policy)")
     train.add_argument("--seed", type=int, default=0, help="default 0")
     train.add_argument("--threads", type=int, default=argparse.SUPPRESS, help="threads of torch (default: torch's own choice)")
     train.add_argument("--out", default="runs/train", help="folder of the record (default runs/train)")
+    train.add_argument("--resume", action="store_true", help="go on from a checkpoint, and fail if there is none; without it, a run that finds its own goes on")
     _run_flags(train)
     if recipe is not None: add_knobs(train, recipe)
 
@@ -154,7 +178,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     known, _ = peek.parse_known_args([a for a in argv if a not in ("-h", "--help")] if argv[:1] == ["train"] else [])
     return build_parser(find_recipe(known.recipe) if argv[:1] == ["train"] else None).parse_args(argv)
 
-# %% ../../nbs/llm/cli.ipynb #38a77331
+# %% ../../nbs/llm/cli.ipynb #0fc08664
 def config_values(args: argparse.Namespace) -> dict[str, Any]:
     "What was given of TrainConfig's fields."
     from offpolicy_rl.llm.config import TrainConfig
@@ -176,7 +200,7 @@ def run_train(args: argparse.Namespace, command: str) -> None:
             def progress(step, row):
                 bar.update(step - bar.n)
                 bar.set_postfix(reward=f"{row['reward']:.2f}", ess=f"{row['ess_sequence']:.2f}")
-            record = train(config, progress, command, args.afresh)
+            record = train(config, progress, command, args.afresh, args.resume)
     print(text_table([record]))
     print(f"record: {record_path(config)}")
 
@@ -226,7 +250,7 @@ def run_list(args: argparse.Namespace, command: str) -> None:
 def _name(fn: Any) -> str:
     return "-" if fn is None else getattr(getattr(fn, "func", fn), "__name__", str(fn))
 
-# %% ../../nbs/llm/cli.ipynb #69c78662
+# %% ../../nbs/llm/cli.ipynb #9d6f8edf
 def run_diagnose(args: argparse.Namespace, command: str) -> None:
     "`offpolicy diagnose`."
     from offpolicy_rl.lab.diagnose import run_diagnose as run
@@ -248,7 +272,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("offpolicy_rl"): raise
-        print(f"offpolicy: {error.name} is not installed; pip install 'offpolicy_rl[llm]' brings all that this needs", file=sys.stderr)
+        missing = f"{error.name} is not installed; pip install 'offpolicy_rl[llm]' brings all that this needs" if error.name else one_line(error)
+        print(f"offpolicy: {missing}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("offpolicy: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['compare']
 
-# %% ../../nbs/llm/compare.ipynb #8ebd0249
+# %% ../../nbs/llm/compare.ipynb #4229a0c2
 import multiprocessing
 import os
 import queue
@@ -50,7 +50,7 @@ def _train(config: TrainConfig, command: str | None, afresh: bool) -> Path:
     train(config, progress, command, afresh)
     return record_path(config)
 
-# %% ../../nbs/llm/compare.ipynb #fd636d40
+# %% ../../nbs/llm/compare.ipynb #6658d7bf
 def compare(configs: Sequence[TrainConfig], jobs: int | None = None, command: str | None = None, afresh: bool = False) -> list[Path]:
     "Run all configurations, `jobs` at a time, and return the paths of their records."
     if jobs is not None and jobs < 1: raise ValueError(f"jobs: expected at least 1, got {jobs}")
@@ -61,7 +61,8 @@ def compare(configs: Sequence[TrainConfig], jobs: int | None = None, command: st
     if len(set(paths)) < len(paths): raise ValueError("configs: two runs have the same recipe, task, staleness and seed")
     waiting = [c for c in configs if afresh or finished(c) is None]
     if not waiting: return paths
-    jobs = jobs or (1 if any(c.device != "cpu" for c in waiting) else cores())
+    busy = 2 if any(c.mode in ("periodic", "async") for c in waiting) else 1  # processes of one run
+    jobs = jobs or (1 if any(c.device != "cpu" for c in waiting) else max(1, cores() // busy))
     context = multiprocessing.get_context("spawn")
     news = context.Queue()
     with ProcessPoolExecutor(min(jobs, len(waiting)), mp_context=context, initializer=_begin, initargs=(news,)) as pool, \

@@ -5,22 +5,29 @@
 # %% auto #0
 __all__ = ['Learner']
 
-# %% ../../nbs/llm/learner.ipynb #fb7f7c2d
+# %% ../../nbs/llm/learner.ipynb #25da28eb
 import contextlib
 import copy
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..core import at_last_token, call, reward_to_go
+from .adapter import with_adapter
 from .config import TrainConfig, proximal_apart, resolve
 from .critic import Critic, hidden_states
-from .engine import Rollouts, mean_logp, token_entropy, token_logps
+from .engine import mean_logp, token_entropy, token_logps
+from .logp import fits, model_logps
 from .metrics import off_policyness, scalars
 from .model import load
+from .parallel import add_up, place
+from .pieces import ignores_equals, independent
+from .rollouts import Rollouts, pad_right
 
-# %% ../../nbs/llm/learner.ipynb #4d86e231
+# %% ../../nbs/llm/learner.ipynb #d802bc7f
 class Learner:
     "Policy, what else the recipe asks for, and optimiser: all of an update except where its samples come from."
 
@@ -35,17 +42,92 @@ class Learner:
         self.proximal = frozen(proximal_apart(config, self.recipe) and {"logp_old", "mean_logp_old"} & set(named))
         width = self.model.get_output_embeddings().in_features
         self.critic = Critic(width, lr=config.critic_lr, seed=config.seed).to(self.model.device) if "value" in named else None
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+        if config.lora: self.model = with_adapter(self.model, config.lora, config.seed)
+        if config.gradient_checkpointing:    # the second name is that of transformers before 5.23
+            getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)(dict(use_reentrant=False))
+        self.check()
+        self.compiled = torch.compile(self.model.forward, dynamic=True) if config.compile else None
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
         self.step = 0
+
+    def check(self) -> None:
+        "Raise ValueError where the model or the recipe cannot do what the configuration asks for."
+        c, named = self.config, self.recipe.inputs
+        if c.autocast == "float16": raise ValueError("autocast: in float16 gradients vanish unless losses are scaled, which is not done; expected bfloat16")
+        if c.autocast is not None and c.dtype != "float32":
+            raise ValueError(f"autocast: it stands beside float32 weights, got dtype={c.dtype!r}; expected dtype='float32' or autocast=None")
+        if c.logp_chunk is None: return
+        if "logits" in named: raise ValueError(f"logp_chunk: recipe {self.recipe.name!r} needs whole distributions (logits); expected None, got {c.logp_chunk}")
+        if not fits(self.model): raise ValueError(f"logp_chunk: {type(self.model).__name__} does more to its logits than a linear layer; expected None")
+        if c.top_p < 1 or c.top_k or c.min_p: raise ValueError("logp_chunk: it knows nothing of truncated sampling; expected None with top_p, top_k or min_p")
+
+    # what models say of a batch
+
+    @contextlib.contextmanager
+    def passing(self) -> Iterator[None]:
+        "A block of forward passes: compiled, in the type of `autocast`, with activations to be made again, as the configuration says."
+        layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)] if self.config.gradient_checkpointing else []
+        for layer in layers: layer.training = True      # else the library keeps all activations; dropout, in other modules, stays off
+        if self.compiled is not None: self.model.forward = self.compiled
+        cast = self.config.autocast
+        try:
+            with torch.autocast(self.model.device.type, getattr(torch, cast or "bfloat16"), enabled=cast is not None): yield
+        finally:
+            if self.compiled is not None: del self.model.forward
+            for layer in layers: layer.training = False
+
+    def parts(self, rollouts: Rollouts, rows: Tensor | None = None) -> list[Tensor]:
+        "Numbers of the responses (of all, or of `rows`) that go through a model together, in this process."
+        r, (rank, world) = rollouts, place()
+        if rows is None: rows = torch.arange(len(r), device=r.group.device)
+        count = max(world, math.ceil(len(rows) / (self.config.micro_batch or len(r))))
+        if count == 1: return [rows] if len(rows) else []
+        length = ((r.mask != 0) * torch.arange(1, r.mask.shape[1] + 1, device=rows.device)).amax(1)
+        tokens = lambda part: len(part) * int(length[part].max()) + len(r.group[part].unique()) * r.prompt_ids.shape[1]
+        orders = rows, rows[length[rows].argsort(stable=True)]
+        best = min((order.tensor_split(count) for order in orders), key=lambda parts: sum(tokens(part) for part in parts if len(part)))
+        return list(best[rank::world])
+
+    def outputs(self, model, rollouts: Rollouts, entropy: bool | str = False, mean: bool = False, logits: bool = False) -> dict[str, Tensor]:
+        "`logp` and what else is asked for of each token; responses that are alike are read once. `entropy` has a gradient when True, none when 'detached'."
+        r, like = rollouts.distinct()
+        with self.passing(): out = self.one_pass(model, r, entropy, mean, logits)
+        return out if r is rollouts else {name: x[like] for name, x in out.items()}
+
+    def one_pass(self, model, r: Rollouts, entropy: bool | str, mean: bool, logits: bool) -> dict[str, Tensor]:
+        "The same of responses that differ, all in one pass."
+        c = self.config
+        if c.logp_chunk is not None: return model_logps(model, r, c.temperature, entropy=entropy, mean=mean, chunk=c.logp_chunk, checked=True)
+        logp, whole = token_logps(model, r, c.temperature)
+        out = dict(logp=logp)
+        if entropy:
+            with torch.set_grad_enabled(entropy is True and torch.is_grad_enabled()): out["entropy"] = token_entropy(whole, r.kept) * r.mask
+        if mean: out["mean_logp"] = mean_logp(whole) * r.mask
+        if logits: out["logits"] = whole
+        return out
+
+    def over(self, rollouts: Rollouts, read: Callable[[Rollouts], dict[str, Tensor]], rows: Tensor | None = None) -> dict[str, Tensor]:
+        "What `read` finds in each part, without gradient, as columns of the whole batch; zero where a response is not among `rows`."
+        found: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for part in self.parts(rollouts, rows): found = _put(found, read(_piece(rollouts, part)), part, rollouts)
+        add_up(list(found.values()))
+        return found
 
     def policy(self, rollouts: Rollouts) -> dict[str, Tensor]:
         "What the recipe names of the policy, with gradient; the entropy always, for the record."
-        logp, logits = token_logps(self.model, rollouts, self.config.temperature)
-        out, named = {"logp": logp}, self.recipe.inputs
-        with contextlib.nullcontext() if "entropy" in named else torch.no_grad(): out["entropy"] = token_entropy(logits) * rollouts.mask
-        if "logits" in named: out["logits"] = logits
-        if "mean_logp" in named: out["mean_logp"] = mean_logp(logits) * rollouts.mask
-        return out
+        named = self.recipe.inputs
+        return self.outputs(self.model, rollouts, True if "entropy" in named else "detached", "mean_logp" in named, "logits" in named)
+
+    def read(self, model, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+        "Log-probabilities of the tokens under another model, and the mean over its vocabulary at their positions."
+        found = self.over(rollouts, lambda part: self.outputs(model, part, mean=True))
+        return found["logp"], found["mean_logp"]
+
+    def hidden(self, rollouts: Rollouts) -> Tensor:
+        "What the critic reads."
+        with self.passing(): return self.over(rollouts, lambda part: dict(hidden=hidden_states(self.model, part)))["hidden"]
 
     def behaviour(self):
         "The model that sampled, where its weights are at hand."
@@ -56,7 +138,7 @@ class Learner:
         r, named = rollouts, self.recipe.inputs
         batch = dict(logp_mu=r.logp_mu, mask=r.mask, reward=r.reward, group=r.group, age=self.step - r.version)
         batch["expert"] = torch.zeros_like(r.group, dtype=torch.bool)
-        batch["turn"] = torch.zeros_like(r.tokens)
+        batch["turn"] = torch.zeros_like(r.tokens) if r.turn is None else r.turn
         batch["reward_t"] = at_last_token(r.reward, r.mask)
         if not proximal_apart(self.config, self.recipe): batch["logp_old"] = r.logp_mu
         if "logp_ref" in named: batch["logp_ref"] = self.read(self.reference, r)[0]
@@ -67,57 +149,77 @@ class Learner:
             with torch.no_grad(): batch["value"] = self.critic(self.hidden(r)) * r.mask
         return batch
 
-    @torch.no_grad()
-    def read(self, model, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
-        "Log-probabilities of the tokens under another model, and the mean over its vocabulary at their positions."
-        pieces = [(logp, mean_logp(logits) * part.mask) for part in self.parts(rollouts)
-                  for logp, logits in [token_logps(model, part, self.config.temperature)]]
-        return tuple(torch.cat(column) for column in zip(*pieces))
-
-    def hidden(self, rollouts: Rollouts) -> Tensor:
-        "What the critic reads."
-        return torch.cat([hidden_states(self.model, part) for part in self.parts(rollouts)])
-
-    def parts(self, rollouts: Rollouts) -> list[Rollouts]:
-        "The rollouts in pieces that fit one forward pass."
-        size = self.config.micro_batch
-        if size is None or size >= len(rollouts): return [rollouts]
-        return [rollouts.rows(i, i + size) for i in range(0, len(rollouts), size)]
+    # the gradient
 
     def loss(self, policy: dict[str, Tensor], given: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         "The recipe's loss on one batch of the vocabulary."
         return self.recipe.loss_on({**given, **policy})
+
+    def idle(self, rollouts: Rollouts) -> Tensor:
+        "Numbers of the responses that teach nothing: those of groups without a difference in reward, where the recipe has no use for them."
+        group, reward, n = rollouts.group, rollouts.reward, len(rollouts.prompts)
+        if not ignores_equals(self.recipe): return group[:0]
+        best, worst = (reward.new_zeros(n).scatter_reduce(0, group, reward, how, include_self=False) for how in ("amax", "amin"))
+        rows, world = (best == worst)[group].nonzero()[:, 0], place()[1]
+        apart = 4 * len(rows) >= len(group) and len(rows) >= world and (len(rows) == len(group) or len(group) - len(rows) >= world)
+        return rows if apart else group[:0]     # for a few, a pass of their own would cost more
+
+    def backward(self, rollouts: Rollouts) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        "Adds the gradient of the recipe's loss to what is there; the loss, its diagnostics and the batch that it was computed on."
+        given, idle, before = self.given(rollouts), self.idle(rollouts), [p.grad for p in self.trained]
+        busy = torch.ones_like(rollouts.group, dtype=torch.bool).index_fill(0, idle, False).nonzero()[:, 0]
+        known = self.over(rollouts, self.policy, idle) if len(idle) else {}
+        parts = self.parts(rollouts, busy)
+        alone = place()[1] == 1 and len(parts) <= 1
+        for p in self.trained: p.grad = None
+        way = self.in_one_pass if alone or independent(self.recipe) else self.in_two_passes
+        policy, loss, stats = way(rollouts, given, known, parts, alone)
+        for p in self.trained:
+            if p.grad is None: p.grad = torch.zeros_like(p)       # nothing to learn from, which is not the same as no update
+        add_up([p.grad for p in self.trained])
+        for p, grad in zip(self.trained, before):
+            if grad is not None: p.grad += grad
+        return loss.detach(), stats, {k: x.detach() for k, x in {**given, **policy}.items()}
+
+    def in_one_pass(self, rollouts, given, known, parts, alone) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+        "Each part's gradient from the loss on the whole batch, in which zeros stand for what the policy says of the others."
+        found: dict[str, Tensor] = {}
+        for part in parts:
+            mine = self.policy(_piece(rollouts, part))
+            policy = _put(known, mine, part, rollouts)
+            loss, stats = self.loss(policy, given)
+            loss.backward()
+            if alone: return policy, loss, stats
+            found = _put(found, {name: x.detach() for name, x in mine.items()}, part, rollouts)
+        add_up(list(found.values()))
+        policy = {name: x.requires_grad_() for name, x in _both(known, found).items()}
+        return policy, *self.loss(policy, given)
+
+    def in_two_passes(self, rollouts, given, known, parts, alone) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+        "The loss is differentiated by what the policy says of the whole batch, and these gradients are carried through each part."
+        found: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for part in parts: found = _put(found, self.policy(_piece(rollouts, part)), part, rollouts)
+        add_up(list(found.values()))
+        policy = {name: x.requires_grad_() for name, x in _both(known, found).items()}
+        loss, stats = self.loss(policy, given)
+        loss.backward()
+        taught = {name: x.grad for name, x in policy.items() if x.grad is not None}
+        for part in parts:
+            again = self.policy(_piece(rollouts, part))
+            torch.autograd.backward([again[name] for name in taught], [x[part][:, :again[name].shape[1]] for name, x in taught.items()])
+        return policy, loss, stats
+
+    # the update
 
     def teach(self, rollouts: Rollouts, batch: Mapping[str, Tensor], seen: Rollouts | None = None) -> dict[str, float]:
         "Regress the critic on the recipe's returns, or on the reward to go; its error before. What a sampler left out (`seen` has all) is learnt from too."
         if self.critic is None: return {}
         if seen is not None:
             rollouts = seen
-            with torch.no_grad(): batch = {**self.given(rollouts), **self.policy(rollouts)}
+            batch = {**self.given(rollouts), **self.over(rollouts, self.policy)}
         with torch.no_grad(): returns = reward_to_go(batch["reward_t"]) if self.recipe.returns is None else call(self.recipe.returns, batch)
         return dict(critic_error=self.critic.learn(self.hidden(rollouts), returns, rollouts.mask))
-
-    def backward(self, rollouts: Rollouts) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Gradients of the recipe's loss; the loss, its diagnostics and the batch that it was computed on.
-
-        In pieces, the loss is first differentiated by the policy's outputs over the whole batch, and these gradients are then carried
-        through each piece: exact for every loss, also one that looks at the whole batch, for the price of a second forward pass."""
-        given, parts = self.given(rollouts), self.parts(rollouts)
-        if len(parts) == 1:
-            policy = self.policy(rollouts)
-            loss, stats = self.loss(policy, given)
-            loss.backward()
-            return loss.detach(), stats, {k: x.detach() for k, x in {**given, **policy}.items()}
-        with torch.no_grad(): pieces = [self.policy(part) for part in parts]
-        policy = {k: torch.cat([piece[k] for piece in pieces]).requires_grad_() for k in pieces[0]}
-        loss, stats = self.loss(policy, given)
-        loss.backward()
-        grads = [k for k in policy if policy[k].grad is not None]
-        for i, part in enumerate(parts):
-            rows = slice(i * self.config.micro_batch, (i + 1) * self.config.micro_batch)
-            again = self.policy(part)
-            torch.autograd.backward([again[k] for k in grads], [policy[k].grad[rows] for k in grads])
-        return loss.detach(), stats, {k: x.detach() for k, x in {**given, **policy}.items()}
 
     def learning_rate(self) -> float:
         "This update's: up to `lr` in `warmup` updates, and along a straight line to `final_lr` at the last one."
@@ -131,7 +233,7 @@ class Learner:
         self.optimizer.zero_grad()
         try: loss, stats, batch = self.backward(rollouts)
         except ValueError as error: raise ValueError(f"step {self.step}: {error}") from error
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.grad_clip)
         for name, x in (("loss", loss), ("gradient norm", norm)):
             if not x.isfinite():
                 raise FloatingPointError(f"step {self.step}: the {name} is {x.item()}; try a learning rate below {self.config.lr:g}")
@@ -143,3 +245,28 @@ class Learner:
                      entropy=batch["entropy"].sum() / r.mask.sum().clamp(min=1), length=r.mask.sum(1).mean(),
                      age=(self.step - r.version).float().mean())
         return {name: x.item() for name, x in means.items()} | off_policyness(batch["logp"], r.logp_mu, r.mask) | scalars(stats) | taught
+
+
+def _piece(rollouts: Rollouts, part: Tensor) -> Rollouts:
+    "The responses of these numbers, without what is padding in all of them."
+    return rollouts if len(part) == len(rollouts) else rollouts.take(part).trimmed()
+
+
+def _wide(x: Tensor, rollouts: Rollouts) -> Tensor:
+    "A column of a part as wide as the whole batch."
+    return pad_right(x, (rollouts.tokens.shape[1], *x.shape[2:]))
+
+
+def _both(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
+    "Columns with the entries of both: where one has them, the other has zeros."
+    return {name: one[name] + other[name] for name in one} if one and other else one or other
+
+
+def _put(said: dict[str, Tensor], new: dict[str, Tensor], part: Tensor, rollouts: Rollouts) -> dict[str, Tensor]:
+    "Columns of the whole batch with a part's entries put in; zero where nothing is known."
+    if len(part) == len(rollouts): return new
+    b, out = len(rollouts), {}
+    for name, x in new.items():
+        x = _wide(x, rollouts)
+        out[name] = said.get(name, x.new_zeros(b, *x.shape[1:])).index_copy(0, part, x)
+    return out

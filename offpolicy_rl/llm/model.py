@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALPHABET', 'PAD', 'EOS', 'UNK', 'ARCHITECTURE', 'WARM_START', 'char_tokenizer', 'encode', 'decode', 'embedded_model',
-           'threads', 'demonstrations', 'warm_steps', 'warm_start', 'cache_folder', 'warm_start_key', 'embedded_path',
-           'load']
+           'threads', 'demonstrations', 'alphabet_of', 'warm_steps', 'warm_start', 'cache_folder', 'warm_start_key',
+           'embedded_path', 'load']
 
 # %% ../../nbs/llm/model.ipynb #f490ef01
 import contextlib
@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import string
 import tempfile
@@ -24,7 +25,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
 from transformers.utils import logging as hf_logging
 
-from .tasks import Task, draw, task as find_task
+from .tasks import TURN, Task, draw, task as find_task
 
 # %% ../../nbs/llm/model.ipynb #c1a2f55c
 ALPHABET = string.digits + "abcdefghij" + "+-*/=:,()"
@@ -33,15 +34,17 @@ PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 
 def char_tokenizer(alphabet: str = ALPHABET) -> PreTrainedTokenizerFast:
     "A tokenizer with one token for each character of `alphabet`."
+    if len(set(alphabet)) < len(alphabet): raise ValueError(f"alphabet: expected every character once, got {alphabet!r}")
     vocabulary = {token: i for i, token in enumerate((PAD, EOS, UNK, *alphabet))}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     inner.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=PAD, eos_token=EOS, unk_token=UNK, padding_side="left")
 
 # %% ../../nbs/llm/model.ipynb #fe191c68
-def encode(tokenizer, prompts: list[str]) -> list[list[int]]:
-    "Token ids of each prompt, through the chat template where there is one."
+def encode(tokenizer, prompts: list[str] | list[list[int]]) -> list[list[int]]:
+    "Token ids of each prompt, through the chat template where there is one. Prompts that are token ids stay as they are."
+    if prompts and not isinstance(prompts[0], str): return [list(ids) for ids in prompts]
     if tokenizer.chat_template:
         chats = [[{"role": "user", "content": p}] for p in prompts]
         return tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -64,9 +67,9 @@ ARCHITECTURE = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, 
                     max_position_embeddings=256, tie_word_embeddings=True)
 
 
-def embedded_model(seed: int = 0) -> torch.nn.Module:
+def embedded_model(seed: int = 0, alphabet: str = ALPHABET) -> torch.nn.Module:
     "The untrained embedded model, the same for the same seed."
-    tokenizer = char_tokenizer()
+    tokenizer = char_tokenizer(alphabet)
     special = dict(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
     config = Qwen3Config(vocab_size=len(tokenizer), dtype="float32", **special, **ARCHITECTURE)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -95,12 +98,20 @@ def threads(count: int):
 def demonstrations(task: Task, tokenizer, count: int, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
     "`input_ids` and `labels` (-100 where nothing is learnt) of demonstrated training prompts, padded on the right."
     prompts = draw(task, count, rng)
-    x = encode(tokenizer, prompts)
-    y = [row + [tokenizer.eos_token_id] for row in encode(tokenizer, [task.demonstrate(p, rng) for p in prompts])]
+    texts = [task.demonstrate(p, rng).split(TURN) for p in prompts]
+    x, pieces = encode(tokenizer, prompts), iter(encode(tokenizer, [text for turns in texts for text in turns]))
+    turns = [[next(pieces) + [tokenizer.eos_token_id] * (i % 2 == 0) for i in range(len(row))] for row in texts]
+    y = [[token for turn in row for token in turn] for row in turns]
+    learnt = [[-100 if i % 2 else token for i, turn in enumerate(row) for token in turn] for row in turns]
     length = max(len(a) + len(b) for a, b in zip(x, y))
     ids = torch.tensor([a + b + [tokenizer.pad_token_id] * (length - len(a) - len(b)) for a, b in zip(x, y)])
-    labels = torch.tensor([[-100] * len(a) + b + [-100] * (length - len(a) - len(b)) for a, b in zip(x, y)])
+    labels = torch.tensor([[-100] * len(a) + b + [-100] * (length - len(a) - len(b)) for a, b in zip(x, learnt)])
     return ids, labels
+
+
+def alphabet_of(task: Task) -> str:
+    "The characters that the embedded model reads and writes for `task`."
+    return getattr(task, "alphabet", ALPHABET)
 
 
 def warm_steps(task: Task) -> int:
@@ -137,20 +148,20 @@ def warm_start_key(task: Task, seed: int) -> str:
     rng = random.Random(0)
     prompts = draw(task, 32, rng)
     examples = [(p, task.demonstrate(p, rng)) for p in prompts]
-    facts = dict(format=1, alphabet=ALPHABET, architecture=ARCHITECTURE, warm_start=WARM_START, steps=warm_steps(task), task=task.name,
+    facts = dict(format=1, alphabet=alphabet_of(task), architecture=ARCHITECTURE, warm_start=WARM_START, steps=warm_steps(task), task=task.name,
                  examples=examples, seed=seed, torch=torch.__version__.split("+")[0])
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def embedded_path(task: Task, seed: int = 0) -> Path:
     "The folder of the warm-started model in Hugging Face format, made if it is not there yet."
-    final = cache_folder() / f"{task.name}-{seed}-{warm_start_key(task, seed)}"
+    final = cache_folder() / f"{re.sub('[^a-z0-9_]+', '-', task.name)[:60]}-{seed}-{warm_start_key(task, seed)}"
     if (final / "config.json").exists(): return final
     hf_logging.disable_progress_bar()  # of the library, for a file of half a megabyte
     final.parent.mkdir(parents=True, exist_ok=True)
     making = Path(tempfile.mkdtemp(prefix=".making-", dir=final.parent))
     try:
-        model, tokenizer = embedded_model(seed), char_tokenizer()
+        model, tokenizer = embedded_model(seed, alphabet_of(task)), char_tokenizer(alphabet_of(task))
         warm_start(model, tokenizer, task, seed)
         model.save_pretrained(making)
         tokenizer.save_pretrained(making)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'rounded', 'write_atomically', 'cpu_model', 'cores', 'machine', 'versions', 'git_commit', 'new_record',
-           'add_step', 'thinned', 'write_record', 'read_record', 'read_records']
+           'add_step', 'thinned', 'write_record', 'read_record', 'read_records', 'rollout_lines', 'json_lines']
 
-# %% ../../nbs/llm/record.ipynb #e36d5a8e
+# %% ../../nbs/llm/record.ipynb #5266e93a
 import datetime
 import json
 import math
@@ -14,11 +14,15 @@ import os
 import platform
 import subprocess
 import tempfile
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from ..core import VOCABULARY, admit
 
 # %% ../../nbs/llm/record.ipynb #bed4b793
 def rounded(x: Any, digits: int = 5) -> Any:
@@ -84,7 +88,7 @@ def git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired): return None
     return done.stdout.strip() or None
 
-# %% ../../nbs/llm/record.ipynb #e7e2d420
+# %% ../../nbs/llm/record.ipynb #ccd3f4e4
 FORMAT = 1
 
 
@@ -131,3 +135,21 @@ def read_records(folder: Path | str) -> list[dict[str, Any]]:
     paths = sorted(Path(folder).glob("*.json"))
     if not paths: raise ValueError(f"{folder}: no run records (*.json) there")
     return [read_record(p) for p in paths]
+
+# %% ../../nbs/llm/record.ipynb #f532306e
+def rollout_lines(batch: Mapping[str, Tensor], **more: Sequence) -> str:
+    """A batch of the vocabulary as JSON lines in the format of logged rollouts, one a response, cut after its last token.
+
+    more: further columns, one entry a response; a list is cut as the tokens are."""
+    return json_lines({name: x for name, x in admit(batch).items() if name in VOCABULARY and x.ndim < 3}, **more)
+
+
+def json_lines(batch: Mapping[str, Tensor], **more: Sequence) -> str:
+    "The same without a look at the values: NaN and infinity, which JSON lacks, become null."
+    batch = {**{name: x.cpu() for name, x in batch.items()}, "mask": batch["mask"].long().cpu()}
+    ends = [int(row.nonzero().max()) + 1 if row.any() else 0 for row in batch["mask"]]
+    columns = {**{name: x.tolist() for name, x in batch.items()}, **more}
+    cut = lambda x, end: x[:end] if isinstance(x, list) else x
+    number = lambda x: [number(y) for y in x] if isinstance(x, list) else None if isinstance(x, float) and not math.isfinite(x) else x
+    rows = [{name: number(cut(column[i], end)) for name, column in columns.items()} for i, end in enumerate(ends)]
+    return "".join(json.dumps(row, separators=(",", ":"), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)

@@ -1,0 +1,212 @@
+"Runs that are killed, disks that are full, losses that are no number: what is kept, and what goes on."
+
+import errno
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+import torch
+
+from offpolicy_rl.llm.checkpoint import checkpoints, save_checkpoint
+from offpolicy_rl.llm.cli import main
+from offpolicy_rl.llm.config import TrainConfig, beside, checkpoint_folder, record_path, run_name
+from offpolicy_rl.llm.record import read_record
+from offpolicy_rl.llm.train import Trainer, train
+from offpolicy_rl.llm.worker import SHARED
+
+SHORT = dict(task="sort", prompts_per_step=4, group_size=4, eval_prompts=8, steps=6, eval_every=3)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def models(pytestconfig):
+    "Warm-started models are made once for all tests, and not in the user's own cache."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OFFPOLICY_RL_CACHE", str(pytestconfig.cache.mkdir("models")))
+        yield
+
+
+# kill -9
+
+# One process imports everything; each attempt at the run is a fork of it. It is killed a few updates after it began, at a random moment of
+# one more update's length; the last attempt is left alone.
+KILLED_RUNS = """
+import json, os, random, signal, sys, time, torch, traceback
+torch.set_num_threads(1)
+from offpolicy_rl.llm.config import TrainConfig, checkpoint_folder
+from offpolicy_rl.llm.checkpoint import checkpoints
+from offpolicy_rl.llm.train import Trainer, train
+rng = random.Random(0)
+Trainer(TrainConfig())  # imports what a model needs
+for how, kills in json.loads(sys.argv[1]):
+    config, steps, seconds = TrainConfig(**how), [0], 0.1
+    for i in range(kills + 1):
+        news, tell = os.pipe()
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                train(config, lambda step, row: os.write(tell, b"."))
+                code = 0
+            except BaseException: traceback.print_exc()
+            finally: os._exit(code)
+        os.close(tell)
+        if i < kills:
+            os.read(news, 1)
+            for _ in range(rng.randint(0, 4)):
+                start = time.perf_counter()
+                os.read(news, 1)
+                seconds = 0.5 * (seconds + time.perf_counter() - start)
+            time.sleep(rng.random() * seconds)
+            os.kill(child, signal.SIGKILL)
+        code = os.waitpid(child, 0)[1]
+        os.close(news)
+        steps.append(max((int(p.name[5:]) for p in checkpoints(checkpoint_folder(config))), default=0))
+    print(json.dumps(dict(code=code, steps=steps)), flush=True)
+"""
+
+
+def killed(configs: list[TrainConfig], kills: int) -> list[dict]:
+    "Run each configuration with so many kills at random moments; the last exit code, and the checkpoint that each attempt left."
+    how = [[{k: v for k, v in vars(c).items() if v != getattr(TrainConfig(), k)}, kills] for c in configs]
+    done = subprocess.run([sys.executable, "-c", KILLED_RUNS, json.dumps(how)], capture_output=True, text=True, timeout=240,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return [dict(json.loads(line), errors=done.stderr) for line in done.stdout.splitlines()]
+
+
+def same_numbers(a: dict, b: dict) -> None:
+    for key in ("evaluations", "samples", "config", "recipe", "updates"): assert a[key] == b[key]
+    assert a["steps"].keys() == b["steps"].keys()
+    for name in a["steps"]:
+        if not name.endswith("seconds"): assert a["steps"][name] == b["steps"][name], name
+
+
+def test_runs_killed_at_any_moment_go_on_and_end_with_the_same_numbers(tmp_path):
+    """Three kinds of run, each killed five times; a checkpoint after every update, so that many kills fall into the writing of one.
+
+    A run never goes back behind a checkpoint that it had, and ends with the numbers of a run that nobody disturbed."""
+    small = {**SHORT, "steps": 30, "eval_every": 15, "save_every": 1, "threads": 1, "prompts_per_step": 2}
+    runs = [dict(recipe="topr", mode="lag", staleness=3, save_model=True), dict(recipe="decoupled_ppo", staleness=4, old="snapshot", keep_checkpoints=2),
+            dict(recipe="vtrace", staleness=2, replay=32, replay_age=8, replay_by="success", replay_memory=8)]
+    configs = [TrainConfig(**small, **how, out=str(tmp_path / "killed")) for how in runs]
+    for config, how, found in zip(configs, runs, killed(configs, kills=5)):
+        assert found["code"] == 0 and found["steps"][:-1] == sorted(found["steps"][:-1]) and len(set(found["steps"])) > 3, found
+        whole = train(TrainConfig(**small, **how, out=str(tmp_path / "whole")))
+        same_numbers(read_record(record_path(config)), json.loads(json.dumps(whole)))
+        assert sorted(os.listdir(tmp_path / "killed")) == sorted([*(record_path(c).name for c in configs), beside(configs[0], "model").name])
+    same = [beside(replace(configs[0], out=str(tmp_path / folder)), "model") / "model.safetensors" for folder in ("killed", "whole")]
+    assert same[0].read_bytes() == same[1].read_bytes()
+
+
+def test_an_asynchronous_run_that_is_killed_goes_on(tmp_path):
+    "What it has lost is in flight: the numbers are others, the ages are not, and neither process nor weights are left over."
+    config = TrainConfig(**{**SHORT, "steps": 20, "eval_every": 20}, save_every=1, threads=1, recipe="tis", mode="async", staleness=2, out=str(tmp_path))
+    before = set(SHARED.glob("offpolicy-engine-*"))
+    found, = killed([config], kills=1)
+    record = read_record(record_path(config))
+    assert found["code"] == 0 and 0 < found["steps"][1] < 20, found
+    assert record["updates"] == 20 and max(record["steps"]["age"]) <= 2 and os.listdir(tmp_path) == [record_path(config).name]
+    deadline = time.monotonic() + 10
+    while set(SHARED.glob("offpolicy-engine-*")) - before and time.monotonic() < deadline: time.sleep(0.1)
+    assert not set(SHARED.glob("offpolicy-engine-*")) - before
+
+
+def test_what_a_killed_run_left_half_written_goes_when_it_goes_on(tmp_path):
+    config = TrainConfig(**SHORT, out=str(tmp_path))
+    for name in (f".{run_name(config)}.json-abc", f".making-{run_name(config)}.model-abc", f".{run_name(replace(config, seed=1))}.json-abc"):
+        (tmp_path / name).write_text("half")
+    train(config)
+    assert sorted(os.listdir(tmp_path)) == [".sort-topr-k1-s1.json-abc", "sort-topr-k1-s0.json"]       # another run's is not touched
+
+
+def test_what_a_killed_process_left_half_written_is_not_a_checkpoint(tmp_path):
+    for name in (".making-abc", ".gone-step-000001"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"half")
+    assert checkpoints(tmp_path) == []
+    save_checkpoint(tmp_path, 2, {}, {})
+    assert os.listdir(tmp_path) == ["step-000002"]
+
+
+def test_as_many_checkpoints_stay_as_are_asked_for(tmp_path):
+    config = TrainConfig(**SHORT, save_every=1, keep_checkpoints=3, out=str(tmp_path))
+    seen = []
+    train(config, lambda step, row: seen.append([p.name[-1] for p in checkpoints(checkpoint_folder(config))]))
+    assert seen == [["1"], ["1", "2"], ["1", "2", "3"], ["2", "3", "4"], ["3", "4", "5"], ["3", "4", "5"]]
+    assert os.listdir(tmp_path) == [f"{run_name(config)}.json"]
+
+
+def test_afresh_leaves_nothing_of_the_run_before(tmp_path):
+    config = TrainConfig(**SHORT, save_every=1, out=str(tmp_path))
+    save_checkpoint(checkpoint_folder(config), 100, {}, {})     # further than the new run ever comes
+    class Enough(Exception): pass
+    def progress(step, row):
+        if step == 2: raise Enough
+    with pytest.raises(Enough): train(config, progress, afresh=True)
+    assert [p.name for p in checkpoints(checkpoint_folder(config))] == ["step-000002"]
+
+
+def test_resume_goes_on_or_says_that_there_is_nothing(tmp_path, capsys):
+    line = f"train --steps 4 --prompts-per-step 2 --group-size 4 --eval-prompts 8 --eval-every 2 --save-every 1 --out {tmp_path} --resume"
+    assert main(line.split()) == 2 and "resume: there is no checkpoint of sort-topr-k1-s0" in capsys.readouterr().err
+    config = TrainConfig(steps=4, prompts_per_step=2, group_size=4, eval_prompts=8, eval_every=2, save_every=1, out=str(tmp_path))
+    trainer = Trainer(config)
+    trainer.log_evaluation()
+    trainer.advance()
+    trainer.save(checkpoint_folder(config))
+    assert main(line.split()) == 0 and read_record(record_path(config))["updates"] == 4
+    assert main(line.split()) == 0      # finished: there is the record
+    assert main([*line.split(), "--afresh"]) == 2 and "resume: expected one of afresh and resume" in capsys.readouterr().err
+
+
+# disks
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "A folder on a file system of its own that holds two checkpoints of the embedded model and not three."
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3400k", "tmpfs", str(folder)], capture_output=True).returncode: pytest.skip("cannot mount")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint_and_names_the_file(small_disk):
+    config = TrainConfig(**SHORT, save_every=1, keep_checkpoints=3, out=str(small_disk))
+    with pytest.raises(OSError) as stop: train(config)
+    assert stop.value.errno == errno.ENOSPC and Path(stop.value.filename).suffix == ".safetensors"
+    assert sorted(os.listdir(checkpoint_folder(config))) == ["step-000001", "step-000002"]
+    assert train(TrainConfig(**SHORT, save_every=0, out=str(small_disk)))["updates"] == 6       # and the run goes on from there
+
+
+def test_a_file_that_may_not_grow_is_named_too(tmp_path, capsys):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))
+    try: code = main(f"train --steps 3 --prompts-per-step 2 --group-size 4 --eval-prompts 8 --save-every 1 --out {tmp_path}".split())
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    err = capsys.readouterr().err
+    assert code == 2 and err.count("\n") == 1 and "File too large" in err and "optimizer.safetensors" in err
+    assert [p.name for p in tmp_path.rglob("*")] == ["sort-topr-k1-s0.checkpoints"]
+
+
+# losses
+
+def test_a_loss_that_is_no_number_leaves_its_batch(tmp_path):
+    config = TrainConfig(**SHORT, staleness="offline", out=str(tmp_path))
+    trainer = Trainer(config)
+    trainer.advance()
+    with torch.no_grad(): next(trainer.model.parameters()).fill_(math.nan)
+    with pytest.raises((ValueError, FloatingPointError), match="^step 1: .*its batch is in .*sort-topr-offline-s0.stopped.jsonl"): trainer.advance()
+    rows = [json.loads(line) for line in beside(config, "stopped.jsonl").read_text().splitlines()]
+    assert len(rows) == 16 and all(len(r["pieces"]) == len(r["logp_mu"]) == sum(r["mask"]) for r in rows)
+    assert all(x is None for r in rows for x in r["logp"]) and all(math.isfinite(x) for r in rows for x in r["logp_mu"])
+    assert {r["version"] for r in rows} == {0} and all("=" in r["prompt"] for r in rows)
