@@ -53,6 +53,8 @@ records: $(VENV)/.llm  ## make the recorded runs of the notebooks anew where the
 	$(RECORD) --task sort --out records/sort --recipes dr_grpo rloo --staleness 1 32
 	$(RECORD) --task sort --out records/sort --recipes $(CHAPTER) --staleness 1 8 32 offline
 	$(RECORD) --task countdown --out records/countdown --recipes $(RIVALS) $(CHAPTER) --staleness 1 128
+	$(RECORD) --task sort --out records/schedules/lag --recipes $(RIVALS) --mode lag --staleness 8
+	$(RECORD) --task sort --out records/schedules/async --recipes $(RIVALS) --mode async --staleness 8 --jobs 1
 	$(BEST) --task sort --out records/best/sort --staleness offline
 	$(BEST) --task countdown --out records/best/countdown --staleness 128
 

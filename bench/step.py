@@ -1,7 +1,7 @@
 """The time of a whole training step (sampling included), beside TRL's GRPOTrainer in the same process.
 
-Same model, task, batch, group, response length, type and threads. Responses of a group that are alike are computed once here, so how much is won
-depends on how many differ: at a high temperature nearly all do, and that figure is the one for long free text.
+Same model, task, batch, group, response length, type and threads. Responses of a group that are alike are computed once here, and those of a
+group whose rewards are all equal have no backward pass: how many differ and how many are equal is printed beside the times.
 Usage: python bench/step.py [--steps 60] [--threads 1] [--task sort] [--temperature 1] [--compile]
 """
 
@@ -32,8 +32,8 @@ def now() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
 
-def ours(config: TrainConfig, rounds: int, differ: list[float]):
-    "Times of each step of this package's trainer, a chunk at a time. `differ` gets the share of responses that are like no other of their group."
+def ours(config: TrainConfig, rounds: int, shares: list[tuple[float, float]]):
+    "Times of each step of this package's trainer, a chunk at a time. `shares` gets those of responses that differ, and of those that teach nothing."
     trainer = Trainer(config)
     while True:
         times = [now()]
@@ -42,7 +42,7 @@ def ours(config: TrainConfig, rounds: int, differ: list[float]):
             trainer.update(rollouts)
             trainer.step += 1
             times.append(now())
-            differ.append(len(rollouts.distinct()[0]) / len(rollouts))
+        shares.append((len(rollouts.distinct()[0]) / len(rollouts), len(trainer.idle(rollouts)) / len(rollouts)))
         yield spans(times)
 
 
@@ -116,16 +116,17 @@ def main() -> None:
     config, chunk = TrainConfig(recipe="grpo", task=args.task, threads=args.threads, temperature=args.temperature), 10
     if args.compile: return compiled(config, args.steps)
     times: dict[str, list[tuple[float, float]]] = dict(ours=[], trl=[])
-    differ: list[float] = []
+    shares: list[tuple[float, float]] = []
     # in turns, so that a machine that others use too slows both alike
-    runs = dict(ours=ours(config, chunk, differ), trl=trl(config, chunk))
+    runs = dict(ours=ours(config, chunk, shares), trl=trl(config, chunk))
     for run in runs.values(): next(run)  # warm up
     before = os.getloadavg()[0]
     while len(times["trl"]) < args.steps:
         for name, run in runs.items(): times[name] += next(run)
     samples = config.prompts_per_step * config.group_size
+    differ, idle = map(statistics.fmean, zip(*shares))
     print(f"{args.task}, temperature {args.temperature:g}, {args.threads} thread(s), load {before:.1f} to {os.getloadavg()[0]:.1f}; "
-          f"of {samples} responses {samples * statistics.fmean(differ):.0f} differ")
+          f"of {samples} responses {samples * differ:.0f} differ and {samples * idle:.0f} teach nothing")
     quartiles = {name: [statistics.quantiles(column, n=4) for column in zip(*spans)] for name, spans in times.items()}
     for name, label in (("ours", "offpolicy_rl"), ("trl", "TRL GRPOTrainer")):
         (low, middle, high), (cpu_low, cpu, cpu_high) = quartiles[name]

@@ -16,11 +16,16 @@ import pytest
 pytest.importorskip("transformers")
 import torch
 
+from offpolicy_rl.llm import model as llm_model
 from offpolicy_rl.llm.checkpoint import checkpoints, save_checkpoint
 from offpolicy_rl.llm.cli import main
 from offpolicy_rl.llm.config import TrainConfig, beside, checkpoint_folder, record_path, run_name
+from offpolicy_rl.llm.engine import token_logps
+from offpolicy_rl.llm.model import load
 from offpolicy_rl.llm.record import read_record
-from offpolicy_rl.llm.train import Trainer, train
+from offpolicy_rl.llm.tasks import Sort, register, tasks
+from offpolicy_rl.llm.train import Trainer, save_pretrained, train
+from offpolicy_rl.llm.verify import close_judges
 from offpolicy_rl.llm.worker import SHARED
 
 SHORT = dict(task="sort", prompts_per_step=4, group_size=4, eval_prompts=8, steps=6, eval_every=3)
@@ -168,6 +173,25 @@ def test_resume_goes_on_or_says_that_there_is_nothing(tmp_path, capsys):
     assert main([*line.split(), "--afresh"]) == 2 and "resume: expected one of afresh and resume" in capsys.readouterr().err
 
 
+def test_an_adapter_is_kept_by_itself_and_saved_as_part_of_the_weights(tmp_path):
+    pytest.importorskip("peft")
+    config = TrainConfig(recipe="tis", mode="lag", staleness=2, lora=4, lr=1e-2, **SHORT)
+    trainer, again = Trainer(config), Trainer(config)
+    for _ in range(3): trainer.advance()
+    trainer.save(tmp_path / "kept")
+    again.restore(tmp_path / "kept" / "step-000003")
+    for t in (trainer, again): t.advance()
+    for name, column in trainer.record["steps"].items(): assert name.endswith("seconds") or column == again.record["steps"][name]
+    small = (tmp_path / "kept" / "step-000003" / "model.safetensors").stat().st_size
+    save_pretrained(trainer, tmp_path / "model")
+    saved, _ = load(str(tmp_path / "model"))
+    assert small < (tmp_path / "model" / "model.safetensors").stat().st_size / 5
+    rollouts = trainer.sample()
+    merged, apart = (token_logps(model, rollouts)[0] for model in (saved, trainer.model))
+    torch.testing.assert_close(merged, apart, atol=5e-5, rtol=0)
+    assert (apart - rollouts.logp_mu).abs().max() > 1e-2        # it has moved
+
+
 # disks
 
 @pytest.fixture
@@ -198,7 +222,24 @@ def test_a_file_that_may_not_grow_is_named_too(tmp_path, capsys):
     assert [p.name for p in tmp_path.rglob("*")] == ["sort-topr-k1-s0.checkpoints"]
 
 
-# losses
+# verifiers and losses
+
+def test_a_verifier_that_hangs_is_counted_and_costs_a_reward(monkeypatch):
+    class Hangs(Sort):
+        name, inline = "hangs", False
+        def verify(self, prompt, response):
+            if response[:1] == "1": time.sleep(60)
+            return 0.5
+    monkeypatch.setattr("offpolicy_rl.llm.tasks._tasks", tasks())
+    register(Hangs())
+    monkeypatch.setattr(llm_model, "embedded_path", lambda task, seed, own=llm_model.embedded_path: own(Sort(), seed))
+    trainer = Trainer(TrainConfig(**{**SHORT, "task": "hangs", "eval_prompts": 1}, verify_timeout=0.3))
+    row = trainer.advance()
+    r, = trainer.fresh
+    late = [text[:1] == "1" for text in r.texts]
+    assert 0 < sum(late) < 16 and row["timeouts"] == sum(late) and r.reward.tolist() == [0.5 * (not x) for x in late]
+    close_judges()
+
 
 def test_a_loss_that_is_no_number_leaves_its_batch(tmp_path):
     config = TrainConfig(**SHORT, staleness="offline", out=str(tmp_path))

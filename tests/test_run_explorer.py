@@ -94,7 +94,7 @@ def test_a_run_keeps_what_its_recipe_saw(tmp_path):
 def test_keeping_batches_changes_nothing_else(tmp_path):
     kept, plain = train(replace(SMALL, keep_rollouts=2, out=str(tmp_path / "a"))), train(replace(SMALL, out=str(tmp_path / "b")))
     assert kept["config"] == plain["config"]
-    timed = {"sampling_seconds", "training_seconds"}
+    timed = {"sampling_seconds", "sync_seconds", "training_seconds"}
     assert {k: v for k, v in kept["steps"].items() if k not in timed} == {k: v for k, v in plain["steps"].items() if k not in timed}
     assert not rollouts_folder(replace(SMALL, out=str(tmp_path / "b"))).exists()
 

@@ -280,3 +280,24 @@ def test_a_recorded_run_can_be_shown(tmp_path):
     events = event_files(tmp_path)
     assert [e.step for e in events.Scalars("evaluation/sampled")] == [e["step"] for e in record["evaluations"]]
     assert [e.value for e in events.Scalars("reward")] == pytest.approx(record["steps"]["reward"], rel=2.0**-23)
+
+
+def test_a_run_is_tracked_as_it_goes_and_a_resumed_one_is_one_run(tmp_path):
+    from offpolicy_rl.llm.config import TrainConfig, record_path
+    from offpolicy_rl.llm.train import train
+    config = TrainConfig(task="sort", prompts_per_step=2, group_size=4, steps=6, eval_every=3, eval_prompts=4, save_every=2, out=str(tmp_path),
+                         track=("jsonl",))
+
+    class Killed(BaseException): pass
+
+    def stop(step, row):
+        if step == 5: raise Killed
+    with pytest.raises(Killed): train(config, stop)
+    train(config)
+    logged = read_rows(tmp_path / "sort-topr-k1-s0.jsonl")
+    kept = dict(rows(read_record(record_path(config))))
+    assert [row["step"] for row in logged] == list(range(7)) == sorted(kept)
+    for row in logged:
+        name = "evaluation/sampled" if row["step"] in (0, 3, 6) else "reward"
+        assert row[name] == pytest.approx(kept[row["step"]][name], rel=1e-4)
+    with pytest.raises(ValueError, match="^track: expected a folder"): TrainConfig(track=("jsonl",))

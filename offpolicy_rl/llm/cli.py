@@ -153,6 +153,8 @@ def _train_parser(commands, recipe: Recipe | None) -> None:
     train.add_argument("--seed", type=int, default=0, help="default 0")
     train.add_argument("--threads", type=int, default=argparse.SUPPRESS, help="threads of torch (default: torch's own choice)")
     train.add_argument("--out", default="runs/train", help="folder of the record (default runs/train)")
+    train.add_argument("--track", nargs="+", default=argparse.SUPPRESS, metavar="NAME",
+                       help="where the metrics go besides the record: jsonl, tensorboard, wandb, trackio")
     train.add_argument("--resume", action="store_true", help="go on from a checkpoint, and fail if there is none; without it, a run that finds its own goes on")
     _run_flags(train)
     if recipe is not None: add_knobs(train, recipe)
@@ -182,7 +184,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def config_values(args: argparse.Namespace) -> dict[str, Any]:
     "What was given of TrainConfig's fields."
     from offpolicy_rl.llm.config import TrainConfig
-    return {f.name: getattr(args, f.name) for f in fields(TrainConfig) if hasattr(args, f.name)}
+    given = {f.name: getattr(args, f.name) for f in fields(TrainConfig) if hasattr(args, f.name)}
+    return given | ({"track": tuple(given["track"])} if "track" in given else {})
 
 
 def run_train(args: argparse.Namespace, command: str) -> None:

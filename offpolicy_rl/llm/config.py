@@ -19,6 +19,7 @@ import torch
 from .. import core
 from ..core import inputs, method_of
 from .tasks import Task, task as find_task
+from .trackers import check_trackers
 from ..recipes import Recipe, recipe as find_recipe
 
 # %% ../../nbs/llm/config.ipynb #573930a4
@@ -69,6 +70,7 @@ class TrainConfig:
     keep_checkpoints: int = 1          # how many of the last ones stay
     window: int = 1                    # updates whose metrics are averaged into one value of the final record
     save_model: bool = False           # keep the trained model in Hugging Face format
+    track: tuple[str, ...] = ()        # where the metrics go besides the record: "jsonl", "tensorboard", "wandb", "trackio"
     keep_rollouts: int = 0             # updates between two batches that are kept beside the record, for `explore_run`; 0: none
     mode: str = "sync"                 # how sampling and updates take turns: one of MODES
     engine: str = "hf"                 # what samples: "hf", "vllm", "vllm-server", or the http address of a vLLM server
@@ -162,7 +164,8 @@ def _check_schedule(c: TrainConfig) -> None:
 
 def _check_files(c: TrainConfig) -> None:
     "Raise ValueError where something is to be written and `out` says nowhere."
-    for name in ("keep_rollouts", "replay_memory"):
+    check_trackers(c.track)
+    for name in ("keep_rollouts", "replay_memory", "track"):
         if getattr(c, name) and c.out is None: raise ValueError(f"{name}: expected a folder `out` to write to, got None")
 
 # %% ../../nbs/llm/config.ipynb #d3149154
@@ -229,7 +232,7 @@ def _with_aggregate(recipe: Recipe, name: str, length: int) -> Recipe:
     return recipe.with_knobs(**{f"{part}.aggregate": mean for part in parts})
 
 # %% ../../nbs/llm/config.ipynb #4d3e285b
-ELSEWHERE = ("out", "save_every", "save_model", "keep_rollouts", "keep_checkpoints", "window", "replay_memory")
+ELSEWHERE = ("out", "save_every", "save_model", "keep_rollouts", "keep_checkpoints", "window", "replay_memory", "track")
 
 
 def config_facts(config: TrainConfig) -> dict[str, Any]:

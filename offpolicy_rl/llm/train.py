@@ -6,6 +6,7 @@
 __all__ = ['Trainer', 'finished', 'save_pretrained', 'train']
 
 # %% ../../nbs/llm/train.ipynb #40cfe308
+import contextlib
 import random
 import shutil
 import tempfile
@@ -30,6 +31,7 @@ from .record import (add_step, json_lines, new_record, read_record, rollout_line
 from .rollouts import Rollouts, joined
 from .tasks import draw
 from .tool import respond
+from .trackers import Tracker, evaluation_row, trackers
 
 # %% ../../nbs/llm/train.ipynb #ff820ae7
 class Trainer(Collector):
@@ -154,16 +156,20 @@ def train(config: TrainConfig, progress: Callable[[int, dict[str, float]], None]
     try:
         if config.out is not None: _clear(config, all_of_it=not saved)
         if saved: trainer.restore(saved[-1])
-        return _run(trainer, progress)
+        with contextlib.closing(trackers(config.track, config.out or ".", run_name(config), trainer.record["config"], trainer.step)) as tracked:
+            return _run(trainer, progress, tracked)
     finally: trainer.close()
 
 
-def _run(trainer: Trainer, progress: Callable[[int, dict[str, float]], None] | None) -> dict[str, Any]:
+def _run(trainer: Trainer, progress: Callable[[int, dict[str, float]], None] | None, tracked: Tracker) -> dict[str, Any]:
     "Go on to the last step, and write what the configuration says."
     config = trainer.config
-    if trainer.step == 0: trainer.log_evaluation()
+    if trainer.step == 0:
+        trainer.log_evaluation()
+        tracked.log(0, evaluation_row(trainer.record, 0))
     while trainer.step < config.steps:
         row = trainer.advance()
+        tracked.log(trainer.step, row | evaluation_row(trainer.record, trainer.step))
         if config.out is not None and trainer.step < config.steps: _keep(trainer)
         if progress is not None: progress(trainer.step, row)
     if config.out is not None:
