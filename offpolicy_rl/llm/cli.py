@@ -110,7 +110,7 @@ _LEARNING = (("lr", float, "learning rate of AdamW"),
              ("critic_lr", float, "learning rate of the critic, where the recipe has one"),
              ("eval_every", int, "updates between two evaluations"), ("eval_prompts", int, "held-out prompts of an evaluation"))
 _PLACE = (("device", str, "cpu, cuda, cuda:1, ..."), ("dtype", str, "of the trained weights", "DTYPES"),
-          ("autocast", str, "type of the forward pass beside float32 weights: bfloat16 or float16"),
+          ("autocast", str, "type of the forward pass beside float32 weights: bfloat16"),
           ("micro_batch", int, "responses in one forward pass; all by default"),
           ("logp_chunk", int, "tokens whose logits exist at a time; all by default"),
           ("gradient_checkpointing", bool, "compute activations again instead of keeping them: slower, with less memory"),

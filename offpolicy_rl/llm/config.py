@@ -84,7 +84,7 @@ class TrainConfig:
     replay_memory: int | None = None   # stored responses in memory, the others on the disk in `out`; None: all
     partial: bool = False              # in mode async: newer weights take over between two tokens of a response
     verify_timeout: float = 10.0       # seconds that the verifier has for a response
-    autocast: str | None = None        # type of the forward pass, beside float32 weights: "bfloat16" or "float16"
+    autocast: str | None = None        # type of the forward pass, beside float32 weights: "bfloat16"
     gradient_checkpointing: bool = False
     compile: bool = False              # of the forward and backward pass; pays in long runs
     logp_chunk: int | None = None      # tokens whose logits exist at a time; None: all

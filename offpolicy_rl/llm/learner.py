@@ -27,7 +27,7 @@ from .parallel import add_up, place
 from .pieces import ignores_equals, independent
 from .rollouts import Rollouts, pad_right
 
-# %% ../../nbs/llm/learner.ipynb #d802bc7f
+# %% ../../nbs/llm/learner.ipynb #e369b4d7
 class Learner:
     "Policy, what else the recipe asks for, and optimiser: all of an update except where its samples come from."
 
@@ -42,7 +42,7 @@ class Learner:
         self.proximal = frozen(proximal_apart(config, self.recipe) and {"logp_old", "mean_logp_old"} & set(named))
         width = self.model.get_output_embeddings().in_features
         self.critic = Critic(width, lr=config.critic_lr, seed=config.seed).to(self.model.device) if "value" in named else None
-        if config.lora: self.model = with_adapter(self.model, config.lora, config.seed)
+        if config.lora: self.model = with_adapter(self.model, config.lora, config.seed)      # the copies are of the plain model
         if config.gradient_checkpointing:    # the second name is that of transformers before 5.23
             getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)(dict(use_reentrant=False))
         self.check()
