@@ -19,7 +19,7 @@ import offpolicy_rl
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "offpolicy_rl"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-EXTRAS = {"lab", "llm", "vllm", "vllm-cpu", "trl", "track", "docs", "dev"}
+EXTRAS = {"lab", "llm", "vllm", "vllm-cpu", "trl", "track", "tasks", "docs", "dev"}
 HEAVY = ["transformers", "vllm", "plotly", "IPython", "ipywidgets", "jupyter", "jupyter_core", "pandas", "datasets", "trl"]
 IMPORT_SECONDS = 0.15
 

@@ -10,6 +10,7 @@ __all__ = ['MODES', 'ENGINES', 'OLD', 'REPLAY', 'AGGREGATES', 'DTYPES', 'SUPPLIE
 # %% ../../nbs/llm/config.ipynb #19e92672
 import functools
 import math
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -260,7 +261,8 @@ def run_name(config: TrainConfig) -> str:
     "The name of a run's files: task, recipe, staleness and seed, and mode and replay where they are not the usual ones."
     stale = "offline" if config.staleness == "offline" else f"k{config.staleness}"
     more = ("" if config.mode == "sync" else f"-{config.mode}") + (f"-replay{config.replay}" if config.replay else "")
-    return f"{config.task}-{config_facts(config)['recipe']}-{stale}{more}-s{config.seed}"
+    task = re.sub(r"[^\w.=,:+-]+", "_", config.task)  # a data set's name may be a path
+    return f"{task}-{config_facts(config)['recipe']}-{stale}{more}-s{config.seed}"
 
 
 def record_path(config: TrainConfig) -> Path | None:

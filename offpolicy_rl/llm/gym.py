@@ -182,13 +182,13 @@ class Gym:
 
 def _digest(question: str) -> bytes: return hashlib.blake2b(question.encode(errors="surrogatepass"), digest_size=16).digest()
 
-# %% ../../nbs/llm/gym.ipynb #d195482d
+# %% ../../nbs/llm/gym.ipynb #a4c3cc8d
 def generator(dataset: str, level: int | None, options: dict[str, Any], seed: int, size: int) -> Any:
     "A generator of the library. Raises ValueError where there is none of this name, or not with these settings."
     try: from reasoning_gym.factory import CURRICULA, DATASETS
     except ModuleNotFoundError as error: raise ValueError("gym: reasoning-gym is not installed: pip install 'offpolicy_rl[tasks]'") from error
     if dataset not in DATASETS or dataset == "composite":
-        near = difflib.get_close_matches(dataset, DATASETS, 4) or sorted(DATASETS)
+        near = difflib.get_close_matches(dataset, DATASETS, 4) or sorted(DATASETS)[:8]
         raise ValueError(f"gym: no task {dataset!r} among {len(DATASETS)}, such as {', '.join(near)}")
     cls, kind = DATASETS[dataset]
     if unknown := set(options) - {f.name for f in fields(kind)}:

@@ -155,11 +155,12 @@ def family(word: str, make: Callable[[str], Task]) -> None:
 def task(name: str) -> Task:
     "The task of that name."
     if name not in _tasks:
-        word = re.match("[a-z_]*", name)[0]
-        if word in _modules and word not in _families: import_module(_modules[word])
-        if word not in _families:
+        words = [word for word in {*_families, *_modules} if name.startswith(word)]
+        if not words:
             raise ValueError(f"unknown task {name!r}: known are {', '.join(sorted({*_tasks, *_families, *_modules}))}, and a number or :settings after some")
-        _tasks[name] = _families[word](name[len(word):])
+        word = max(words, key=len)
+        if word not in _families: import_module(_modules[word])
+        _tasks[name] = _families[word](name.removeprefix(word))
     return _tasks[name]
 
 

@@ -1,0 +1,572 @@
+"""Tasks by name, their splits and verifiers, verification with a time limit, conversations with a tool.
+
+FUZZ in the environment says how many odd texts each verifier sees: 1,500 by default (a third of them where one takes milliseconds).
+FUZZ=100000 is the long run."""
+
+import builtins
+import json
+import os
+import pickle
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("reasoning_gym")
+pytest.importorskip("math_verify")
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oddities import odd
+
+from offpolicy_rl.llm import model as llm_model
+from offpolicy_rl.llm import tasks as llm_tasks
+from offpolicy_rl.llm.engine import HFEngine, token_logps
+from offpolicy_rl.llm.gym import EVALUATES, HASH_ORDERED, Gym, is_formula, is_literal
+from offpolicy_rl.llm.model import ALPHABET, char_tokenizer, demonstrations, encode, load, warm_start_key
+from offpolicy_rl.llm.rollouts import joined
+from offpolicy_rl.llm.tasks import TURN, Countdown, Sort, Task, draw, family, held_out, settings, task
+from offpolicy_rl.llm.tool import Calculator, Conversation, ToolTask, formula_value, reply_ids, respond, rollout
+from offpolicy_rl.llm.verify import Judge, close_judges, verify_all
+from offpolicy_rl.llm.word_math import TextMath, final_answer, is_harmless, number
+
+FUZZ = int(os.environ.get("FUZZ", 1500))
+BASIC = "gym:basic_arithmetic,max_terms=2,max_digits=1,whitespace=no_space"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def models(pytestconfig):
+    "Warm-started models are made once for all tests, and not in the user's own cache; no process is left."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OFFPOLICY_RL_CACHE", str(pytestconfig.cache.mkdir("models")))
+        yield
+    close_judges()
+
+
+@pytest.fixture
+def names(monkeypatch):
+    "The known tasks, put back afterwards."
+    monkeypatch.setattr(llm_tasks, "_tasks", dict(llm_tasks._tasks))
+    monkeypatch.setattr(llm_tasks, "_families", dict(llm_tasks._families))
+
+
+def seeded(n: int) -> torch.Generator: return torch.Generator().manual_seed(n)
+
+
+def word_problem(rng: random.Random) -> dict[str, str]:
+    a, b, c = rng.randint(2, 30), rng.randint(2, 9), rng.randint(2, 12)
+    who, what = rng.choice(["Ada", "Bela", "Chen"]), rng.choice(["apples", "stamps"])
+    return dict(question=f"{who} has {a} {what} and buys {b} bags of {c}. How many {what} are these?",
+        answer=f"{b}*{c}={b * c}, and {a} more.\n#### {a + b * c:,}")
+
+
+def jsonl(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    rng = random.Random(0)
+    return jsonl(tmp_path_factory.mktemp("table") / "problems.jsonl", [word_problem(rng) for _ in range(80)])
+
+
+@pytest.fixture(scope="module")
+def formulas(tmp_path_factory):
+    answers = ["x^2+2x+1", r"\frac{\sqrt{3}}{3}", r"\{1,2\}", r"\text{even}", r"[0,\infty)"]
+    return jsonl(tmp_path_factory.mktemp("table") / "formulas.jsonl",
+        [dict(question=f"Question {i}?", answer=rf"It is \boxed{{{a}}}.") for i, a in enumerate(answers)])
+
+
+# names
+
+def test_difficulty_is_part_of_a_name(names):
+    assert task("sort12") == Sort(12) and task("countdown4") == Countdown(4) and task("calculator5") == Calculator(5) and task("calculator") == Calculator(3)
+    assert task(BASIC) is task(BASIC) and task(task(BASIC).name) == task(BASIC)
+    family("half", lambda rest: Sort(int(rest) // 2))
+    assert task("half8") == Sort(4)
+
+
+@pytest.mark.parametrize("name, message", [
+    ("chess", "unknown task 'chess': known are .*calculator, countdown, gym, math, sort"), ("sortx", "unknown task 'sortx': expected a number after sort"),
+    ("sort1", "n must be between 2 and 64, got 1"), ("sort٣", "expected a number after sort"), ("countdown9", "n must be between 2 and 5"),
+    ("gym", "expected gym:NAME"),
+    ("gym:spiral_matrx", "no task 'spiral_matrx' .* such as spiral_matrix"), ("gym:composite", "no task 'composite'"),
+    ("gym:chain_sum,min_terms", "expected key=value"),
+    ("gym:chain_sum,terms=3", "no setting terms; it has min_terms"), ("gym:chain_sum,max_terms=0", "refuses .*max_terms must be"),
+    ("gym:chain_sum,max_terms=many", "refuses"), ("gym:chain_sum,size=0", "size: expected an integer of at least 8, got 0"),
+    ("gym:chain_sum,tags=1", "tags: expected true or false, got 1"),
+    ("gym:acre,level=1", "gym:acre has no curriculum"), ("math", "expected math:DATA"),
+    ("math:x.jsonl,columns=3", "no setting columns; there are config, question"), ("calculatorx", "expected a number")])
+def test_what_no_name_means_is_said(name, message, names):
+    with pytest.raises(ValueError, match=message): task(name)
+
+
+@given(st.text("abc=,.-e019_()'[] ", max_size=20))
+def test_settings_are_numbers_flags_or_text(text):
+    try: first, found = settings(text)
+    except ValueError: return
+    assert first == text.split(",")[0] and all(type(x) in (int, float, str) for x in found.values())
+    assert all(str(x) in text or float(x) == float(text.split(f"{k}=")[1].split(",")[0]) for k, x in found.items())
+
+
+# splits and demonstrations
+
+@pytest.mark.parametrize("name", ["sort12", "countdown4", "calculator", "calculator5", BASIC, "gym:chain_sum,level=2", "math"])
+def test_no_problem_stands_in_both_splits_and_demonstrations_are_right(name, table):
+    t = TextMath(table) if name == "math" else task(name)
+    assert isinstance(t, Task) and isinstance(t, ToolTask) == name.startswith("calculator")
+    rng = random.Random(0)
+    train, held = draw(t, 100, rng), draw(t, 20, rng, "held_out")
+    assert not {t.problem(p) for p in train} & {t.problem(p) for p in held} and all(held_out(t, p) for p in held)
+    shown = [t.demonstrate(p, rng) for p in train]
+    assert verify_all(t, train, shown) == ([1.0] * 100, 0) and [t.verify(p, x) for p, x in zip(train, shown)] == [1.0] * 100
+    assert draw(t, 5, random.Random(3)) == draw(t, 5, random.Random(3))
+    for p, x in zip(train, shown): assert t.verify(p, "") < 1 and t.verify(p, x[:-1]) < 1
+
+
+@given(st.integers(0, 2**32))
+def test_a_calculators_problem_is_free_of_order(seed):
+    rng, t = random.Random(seed), Calculator(5)
+    prompt = t.prompt(rng)
+    terms = [(sign or "+", term.split("*")) for sign, term in re.findall(r"(^|[+-])([0-9*]+)", prompt[:-1])]
+    first = rng.choice([i for i, (sign, _) in enumerate(terms) if sign == "+"])
+    rest = [x for i, x in enumerate(terms) if i != first]
+    rng.shuffle(rest)
+    again = "".join(sign + "*".join(rng.sample(term, len(term))) for sign, term in [terms[first], *rest])[1:] + "="
+    assert t.problem(again) == t.problem(prompt) and formula_value(again[:-1]) == formula_value(prompt[:-1])
+
+
+@given(terms=st.lists(st.integers(0, 9999), min_size=1, max_size=7), signs=st.lists(st.sampled_from("+-*"), min_size=7, max_size=7))
+def test_a_formula_is_worth_what_python_says(terms, signs):
+    text = "".join(f"{sign if i else ''}{x}" for i, (sign, x) in enumerate(zip(signs, terms)))
+    assert formula_value(text) == eval(text)      # digits and signs that this test wrote
+
+
+# the embedded model's alphabet
+
+def test_the_models_of_sort_and_countdown_are_the_ones_they_were():
+    if not torch.__version__.startswith("2.13.0"): pytest.skip("the keys below are those of torch 2.13.0")
+    assert [warm_start_key(t, 0) for t in (Sort(), Countdown(), Sort(7))] == ["68a3baf7764512b0", "c65b2f3a460888c8", "72a2b0a9fc26ff80"]
+
+
+def test_a_task_may_bring_its_alphabet():
+    t = Gym("basic_arithmetic", (("max_digits", 1), ("max_terms", 2)), warm_steps=1)
+    assert len(set(t.alphabet)) == len(t.alphabet) and set("Calculate\n .é") - set(t.alphabet) == {"é"}
+    model, tokenizer = load("embedded", t, 7)
+    assert model.get_input_embeddings().num_embeddings == len(tokenizer) == len(t.alphabet) + 3
+    prompts = draw(t, 50, random.Random(0)) + ["a\n\n b"]
+    assert llm_model.decode(tokenizer, encode(tokenizer, prompts)) == prompts
+    assert warm_start_key(t, 0) != warm_start_key(Gym("basic_arithmetic", (("max_digits", 2), ("max_terms", 2)), warm_steps=1), 0)
+    assert llm_model.alphabet_of(Sort()) == ALPHABET
+    with pytest.raises(ValueError, match="alphabet: expected every character once"): char_tokenizer("abca")
+
+
+# reasoning-gym
+
+def in_another_process(code: str, **env) -> str:
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_gym_problems_are_the_same_in_every_process():
+    "Also where the generator uses global random numbers (list_functions, codeio), and whatever the hash seed."
+    code = """
+import hashlib, json, random
+from offpolicy_rl.llm.gym import Gym
+for name in ("chain_sum", "list_functions", "codeio", "syllogism", "pool_matrix", "knights_knaves"):
+    t = Gym(name, size=64)
+    made = [[(e := t.entry(i))["question"], e["answer"]] for i in (range(63, 31, -1) if random.random() < 0.5 else range(32, 64))]
+    print(name, hashlib.sha256(json.dumps(sorted(made)).encode()).hexdigest())"""
+    assert in_another_process(code, PYTHONHASHSEED="1") == in_another_process(code, PYTHONHASHSEED="2")
+
+
+def test_gym_problems_that_depend_on_the_hash_seed_ask_for_one(monkeypatch):
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    with pytest.raises(ValueError, match="PYTHONHASHSEED=0"): task("gym:ransom_note")
+    assert "ransom_note" in HASH_ORDERED and in_another_process("from offpolicy_rl.llm.tasks import task; print(task('gym:ransom_note').name)",
+        PYTHONHASHSEED="0") == "gym:ransom_note\n"
+
+
+def test_gym_finds_a_problem_again_and_leaves_no_trace_in_random_numbers():
+    t = Gym("pool_matrix", size=200)
+    random.seed(1)
+    np.random.seed(1)
+    before = random.random(), np.random.rand()
+    random.seed(1)
+    np.random.seed(1)
+    prompt = t.prompt(random.Random(5))
+    other = pickle.loads(pickle.dumps(t))
+    assert len(pickle.dumps(t)) < 300 and other == t and not other.memory[0] and other.facts(prompt) == t.facts(prompt)
+    assert (random.random(), np.random.rand()) == before
+    with pytest.raises(ValueError, match="none of the 200 problems of 'gym:pool_matrix,size=200' asks 'What"): other.facts("What?")
+
+
+def test_gym_answers_may_stand_between_tags():
+    t = task("gym:chain_sum,tags=true,level=0")
+    prompt = t.prompt(random.Random(0))
+    right = t.facts(prompt)["answer"]
+    assert prompt.endswith("<answer> and </answer>.") and t.max_tokens == 512 and t.demonstrate(prompt, random) == f"<answer>{right}</answer>"
+    assert t.verify(prompt, f"<answer>0</answer> no, <answer>\n{right} </answer> it is") == t.verify(prompt, right) == t.verify(prompt, f"<answer>{right}") == 1
+    assert t.verify(prompt, f"<answer>{right}</answer> or <answer>x</answer>") < 1 and t.problem(prompt) == t.facts(prompt)["question"]
+
+
+def test_gym_levels_get_harder():
+    lengths = [np.mean([len(Gym("chain_sum", level=level, size=32).entry(i)["question"]) for i in range(32)]) for level in (0, 3, 9)]
+    assert lengths[0] < lengths[1] < lengths[2]
+    assert "7" in Gym("chain_sum", (("min_terms", 7),), level=9).name and Gym("chain_sum", (("max_terms", 40),), level=9).source.config.max_terms == 40
+
+
+def test_gym_says_where_it_has_no_answer_to_show():
+    t = Gym("rush_hour", size=8)
+    with pytest.raises(ValueError, match="knows no answer to show"): t.demonstrate(t.entry(0)["question"], random)
+
+
+@pytest.mark.parametrize("name", [name for name in EVALUATES if name not in HASH_ORDERED])
+def test_gym_scorers_that_evaluate_get_only_what_is_harmless(name, tmp_path):
+    t, file = Gym(name, size=8), tmp_path / "run"
+    e = t.entry(0)
+    shout = f"__import__('pathlib').Path({str(file)!r}).touch()"
+    t.source.score_answer(shout, e)
+    if file.exists(): file.unlink()
+    else: t.source.score_answer(f"[{shout}]", e)      # what would be run without the guard
+    file.unlink(missing_ok=True)
+    for text in (shout, f"[{shout}]", f"({shout},)", f"<answer>{shout}</answer>", "9**9**9", "(9**99)**99**9", "x.__class__", f"{e['answer']} or {shout}"):
+        assert t.mark(e, text) < 1 and not file.exists()
+    assert t.mark(e, str(e["answer"])) == 1 and t.mark(e, f"<answer>\n{e['answer'].strip()}</answer>") > 0
+
+
+def test_gym_refuses_a_scorer_that_evaluates_and_is_not_known(monkeypatch):
+    from reasoning_gym.arithmetic.chain_sum import ChainSumConfig, ChainSumDataset
+    from reasoning_gym.factory import DATASETS
+
+    class New(ChainSumDataset):
+        def score_answer(self, answer, entry): return float(eval(answer) == entry["answer"])
+    monkeypatch.setitem(DATASETS, "new", (New, ChainSumConfig))
+    with pytest.raises(ValueError, match="its scorer evaluates what a model wrote"): assert Gym("new").source
+
+
+@pytest.mark.parametrize("text, literal, formula", [
+    ("[[1, 2], [3, 4]]", True, False), ("['a', 'b']", True, False), ("1 2 3", False, True), ("6*(98 - 54) - 34", False, True),
+    ("-9*x**8/10 + 3*x**4/2 + C", False, True),
+    ("2*(2 - 8*x)**(3/2)/3", False, True), ("exp(x)*sin(2*x)", False, True), ("9**9**9", False, False), ("9^9^9", False, False), ("9**(9**9)", False, False),
+    ("x**401", False, False),
+    ("(x+y+z+t)**99", False, False), ("2**x**9", False, False), ("x.y", False, False), ("f(x)", False, False), ("S(1)", False, False), ("x(1)", False, False),
+    ("(1)(2)", False, False),
+    ("1e99", True, False), ("0x1", True, False), ("Integral(x, x)", False, False), ("x if x else y", False, False), ("x[0]", False, False),
+    ("[" * 30, False, False), ("9" * 20, True, False)])
+def test_what_a_scorer_may_evaluate(text, literal, formula): assert (is_literal(text), is_formula(text)) == (literal, formula)
+
+
+# word problems
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "folder"])
+def test_word_problems_are_read_from_files(kind, tmp_path):
+    import datasets
+    rng = random.Random(1)
+    rows = [word_problem(rng) for _ in range(40)]
+    if kind == "folder":
+        jsonl(tmp_path / "train.jsonl", rows[:30])
+        jsonl(tmp_path / "test.jsonl", rows[25:])
+        t = TextMath(str(tmp_path))
+        own = {row["question"] for row in rows[25:]}
+        assert all(t.problem(p) in own for p in draw(t, 30, rng, "held_out")) and not {t.problem(p) for p in draw(t, 200, rng)} & own
+        assert not set(t.rows[0]) & own and len(TextMath(str(tmp_path), held="hash").rows[0]) == len({row["question"] for row in rows[:30]})
+        with pytest.raises(ValueError, match="split: .* has train, test, got 'dev'"): assert TextMath(str(tmp_path), split="dev").rows
+        with pytest.raises(ValueError, match="held: expected hash or one of train, test, got 'dev'"): assert TextMath(str(tmp_path), held="dev").rows
+    else:
+        path = tmp_path / f"data.{kind}"
+        if kind == "jsonl": jsonl(path, rows)
+        else: getattr(datasets.Dataset.from_list(rows), f"to_{kind}")(str(path))
+        t = TextMath(str(path))
+        assert len(t.rows[0]) == len({row["question"] for row in rows})
+    prompt = t.prompt(rng)
+    assert r"\boxed{}" in prompt and t.verify(prompt, t.demonstrate(prompt, rng)) == 1
+
+
+def test_word_problems_that_cannot_be_read(tmp_path, table, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for data, how, message in ((table, dict(question="q"), "question: .* has the columns question, answer, got 'q'"),
+        ("no/such-data", {}, "is not a file, a folder or a data set of the hub"),
+                               (str(tmp_path / "x.txt"), {}, "is not a file"),
+                               (jsonl(tmp_path / "empty.jsonl", [dict(question=" ", answer="1")]), {}, "no row with a question and an answer")):
+        with pytest.raises(ValueError, match=message): assert TextMath(data, **how).rows
+    (tmp_path / "x.txt").write_text("x")
+    with pytest.raises(ValueError, match="ends with .jsonl"): assert TextMath(str(tmp_path / "x.txt")).rows
+    with pytest.raises(ValueError, match="does not ask 'What"): TextMath(table).worked("What?")
+
+
+@pytest.mark.parametrize("text, answer", [
+    (r"\boxed{1} then \boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{7} and \boxed{8", "7"), ("5*8=40\n#### 40\nDone", "40"), ("#### 1\n#### 2", "2"),
+    ("<answer> 3 </answer>", "3"),
+    ("The answer is: **42**.", "42"), ("Answer: 12 km.", "12 km"), ("The answer is 5. Really, the answer is 6.\nBye", "6"), ("ANSWER = 7", "7"),
+    ("the answer is", ""),
+    ("from 1 to 12,345.50", "12,345.50"), ("", ""), ("none", ""),
+    (r"\boxed{}", ""), ("#### ", ""), ("minus -3/4", "-3/4")])
+def test_what_a_text_answers(text, answer): assert final_answer(text) == answer
+
+
+@pytest.mark.parametrize("right, answer, same", [
+    ("42", "42", 1), ("42", "42.0", 1), ("42", "$42$", 1), ("42", r"42\text{ apples}", 1), ("42", "42 big apples.", 1), ("42", "84/2", 1), ("42", "43", 0),
+    ("42", "4 2", 1), ("42", "٤٢", 0),
+    ("1,234", "1234", 1), ("50", r"50\%", 1), ("0.5", r"50\%", 1), ("0.5", "50", 0), ("1/2", r"\frac{2}{4}", 1), ("1/2", r"\dfrac12", 1),
+    ("x^2+2x+1", "(x+1)^2", 1), ("x^2+2x+1", "(x+1)^3", 0),
+    (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}", 1), (r"\{1,2\}", r"\{2, 1\}", 1), ("(1,2)", "(2,1)", 0), ("[0,1)", "[0,1]", 0), ("5", "x=5", 1),
+    (r"\text{even}", r"\text{even}", 1),
+    ("1024", "2^{10}", 1), ("42", "9^{9^{9}}", 0), ("42", "99999!", 0), ("42", r"\sum_{i=1}^{99999999} i", 0), ("42", "nan", 0)])
+def test_when_two_answers_are_the_same(right, answer, same, tmp_path):
+    t = TextMath(jsonl(tmp_path / "one.jsonl", [dict(question="Q?", answer=f"#### {right}")]), ask=False)
+    assert t.verify("Q?", rf"It is \boxed{{{answer}}}.") == same
+
+
+def test_numbers_are_exact_and_long_sums_are_not_read():
+    assert is_harmless("1+" * 59 + "1", "120") and not is_harmless("1+" * 60 + "1", "121")
+    assert number("0.1") * 3 == number("0.3") and number("1" * 30) != number("1" * 29 + "2") and number("1" * 41) is None
+
+
+# verification with a time limit
+
+@dataclass(frozen=True)
+class Does(Sort):
+    "Its verifier does what it reads."
+    inline = False
+    where: str = ""
+
+    def verify(self, prompt, response):
+        if response == "hang": pow(9, 9**9)
+        if response == "sleep": time.sleep(60)
+        if response == "eat": bytes(3 * 2**30)      # which no page of memory is touched for
+        if response == "die": os.kill(os.getpid(), signal.SIGKILL)
+        if response == "exit": sys.exit(3)
+        if response == "deep": return self.verify(prompt, response)
+        if response == "fail": raise KeyError("lost")
+        if response == "write": Path(self.where).write_text("x")
+        return float(response == "right")
+
+
+@pytest.mark.parametrize("away", [True, False], ids=["fresh", "forked"])
+def test_what_hangs_or_dies_costs_one_reward(away):
+    class Local(Does): "Not known to another process."
+    t = Does() if away else Local()
+    said = ["right", "hang", "right", "wrong", "eat", "die", "exit", "sleep", "deep", "right"]
+    start = time.perf_counter()
+    assert verify_all(t, ["1="] * 10, said, timeout=1.0) == ([1, 0, 1, 0, 0, 0, 0, 0, 0, 1], 6)
+    assert time.perf_counter() - start < 30
+    with pytest.raises(RuntimeError, match="task 'sort': its verifier failed on 'fail', an answer to '1=', with KeyError: 'lost'"): verify_all(t, ["1="] * 2,
+        ["right", "fail"])
+    assert verify_all(t, ["1="], ["right"]) == ([1], 0)
+    close_judges()
+
+
+def test_several_workers_keep_the_order():
+    judge = Judge(Does(), 3)
+    said = [random.Random(i).choice(["right", "wrong"]) for i in range(200)]
+    said[7] = said[100] = said[101] = "hang"
+    marks, late = judge(["1="] * 200, said, 1.0)
+    assert late == 3 and marks == [float(x == "right") for x in said]
+    judge.number += 1
+    judge.pipe.send((judge.number, [("1=", "sleep")] * 5, 100.0))      # a batch that was interrupted before its answers came
+    assert judge(["1="] * 3, ["right", "wrong", "right"], 5.0) == ([1, 0, 1], 0)
+    judge.process.kill()
+    assert judge(["1="], ["right"], 5.0) == ([1], 0)                      # another one took over
+    judge.close()
+
+
+def test_a_sealed_verifier_cannot_write(tmp_path):
+    class Sealed(Does): sealed = True
+    path = tmp_path / "written"
+    for t, done in ((Sealed(where=str(path)), False), (Does(where=str(path)), True)):
+        if done: verify_all(t, ["1="], ["write"])
+        else:
+            with pytest.raises(RuntimeError, match="PermissionError: a sealed verifier tried open"): verify_all(t, ["1="], ["write"])
+        assert path.exists() == done
+    assert Gym.sealed and TextMath.sealed
+
+
+def test_workers_end_with_their_parent():
+    code = """
+import os, sys
+sys.path.insert(0, "tests")
+from test_tasks import Does
+from offpolicy_rl.llm.verify import Judge
+judge = Judge(Does(), 2)
+assert judge(["1="] * 2, ["right"] * 2, 5.0)[0] == [1, 1]
+print(judge.process.pid, flush=True)
+judge.pipe.send((9, [("1=", "sleep")] * 2, 500.0))
+input()"""
+    parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    pid = int(parent.stdout.readline())
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    assert len(children) == 2 and all(map(running, [pid, *children]))
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while any(map(running, [pid, *children])) and time.monotonic() < deadline: time.sleep(0.05)
+    assert not any(map(running, [pid, *children]))
+
+
+def running(pid) -> bool:
+    try: return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError: return False
+
+
+def test_what_verify_all_refuses():
+    with pytest.raises(ValueError, match="responses: expected one for each of 2 prompts, got 1"): verify_all(Sort(), ["1=", "2="], ["1"])
+    with pytest.raises(ValueError, match="timeout: expected a positive number"): verify_all(Sort(), [], [], 0)
+    with pytest.raises(ValueError, match="processes: expected at least 1"): Judge(Does(), 0)
+
+
+# conversations
+
+@dataclass(frozen=True)
+class Echo(Sort):
+    "Sorts what it is told, again and again."
+    max_turns: int = 3
+    def reply(self, transcript): return None if transcript[-1].startswith("0") else "31="
+
+
+@pytest.fixture(scope="module")
+def engine():
+    model, tokenizer = load("embedded", "sort", 0)
+    return HFEngine(model.double(), tokenizer)
+
+
+PROMPTS = ["52918043=", "31=", "77120=", "99988777="]
+
+
+def test_a_conversation_is_sampled_turn_by_turn(engine):
+    r = rollout(engine, Echo(), PROMPTS, 8, 9, generator=seeded(0))
+    own, real = r.mask.bool(), (r.mask.flip(1).cumsum(1).flip(1) > 0)
+    assert r.turn.max() == 2 and {text.count(TURN) for text in r.texts} >= {0, 4} and (real & ~own).any()
+    torch.testing.assert_close(token_logps(engine.model, r)[0], r.logp_mu, atol=1e-10, rtol=0)   # what each turn was sampled with, read in one pass
+    assert (r.logp_mu[~own] == 0).all() and (r.turn[:, 1:] >= r.turn[:, :-1])[real[:, 1:]].all()
+    for i, text in enumerate(r.texts):
+        pieces = text.split(TURN)
+        for turn, said in enumerate(pieces[::2]):
+            ids = r.tokens[i][own[i] & (r.turn[i] == turn)].tolist()
+            assert llm_model.decode(engine.tokenizer, [[x for x in ids if x != engine.tokenizer.eos_token_id]]) == [said]
+        for turn, heard in enumerate(pieces[1::2]):
+            assert llm_model.decode(engine.tokenizer, [r.tokens[i][real[i] & ~own[i] & (r.turn[i] == turn)].tolist()]) == [heard] == ["31="]
+        assert len(pieces) == 5 or len(pieces) % 2 and (pieces[-1].startswith("0") or r.tokens[i][own[i]][-1] != engine.tokenizer.eos_token_id)
+    again = rollout(engine, Echo(), PROMPTS, 8, 9, generator=seeded(0))
+    assert torch.equal(again.tokens, r.tokens) and again.texts == r.texts
+
+
+def test_conversations_are_rollouts_like_any_other(engine):
+    r = rollout(engine, Echo(), PROMPTS, 3, 9, generator=seeded(1), top_k=2)
+    torch.testing.assert_close(token_logps(engine.model, r)[0], r.logp_mu, atol=1e-10, rtol=0)
+    both = joined([r.take(torch.tensor([11, 0, 5])), engine.sample(PROMPTS, 2, 9, generator=seeded(2), top_k=2)])
+    assert both.turn[:3].max() >= 1 and both.turn[3:].max() == 0
+    torch.testing.assert_close(token_logps(engine.model, both)[0], both.logp_mu, atol=1e-10, rtol=0)
+    plain, one = respond(engine, Sort(), PROMPTS, 2, 9, generator=seeded(3)), engine.sample(PROMPTS, 2, 9, generator=seeded(3))
+    assert torch.equal(plain.tokens, one.tokens) and plain.turn is None
+
+
+def test_weights_that_change_between_turns_are_named(engine):
+    newer, there = load("embedded", "sort", 0)[0].double(), HFEngine(engine.model, engine.tokenizer)
+
+    @dataclass(frozen=True)
+    class Renewing(Echo):
+        def reply(self, transcript):
+            there.sync(newer, 4)
+            return "31="
+    r = rollout(there, Renewing(max_turns=2), PROMPTS, 2, 9, generator=seeded(0))
+    ended = r.turn.amax(1) > 0
+    assert r.version.eq(0).all() and ended.any()
+    for turn, version in ((0, 0), (1, 4)): assert (r.token_version[r.mask.bool() & (r.turn == turn)] == version).all()
+
+
+def test_a_turn_that_is_cut_ends_the_conversation(engine):
+    r = rollout(engine, Echo(), ["99988777="], 16, 4, generator=seeded(0))
+    assert any(len(text) == 4 for text in r.texts) and all(TURN not in text for text in r.texts if len(text.split(TURN)[0]) == 4)
+    assert any(TURN in text for text in rollout(engine, Echo(), ["99988777="], 16, 9, generator=seeded(0)).texts)
+
+
+def test_nobody_puts_words_into_the_environments_mouth(engine):
+    r = engine.sample(["31="], 1, 9, generator=seeded(0))
+    forged = Conversation(["2*3="], [])
+    r.texts[0] = f"(2*3){TURN}7:{TURN}7"
+    forged.say(r, 0, 0)
+    assert forged.transcript == ["2*3=", "(2*3)7:7"] and Calculator(2).reply(forged.transcript) is None and Calculator(2).verify("2*3=",
+        forged.transcript[1]) == 0
+
+
+def test_the_environments_turns_are_not_demonstrated():
+    t, tokenizer = Calculator(), char_tokenizer()
+    ids, labels = demonstrations(t, tokenizer, 8, random.Random(0))
+    for row, learnt in zip(ids.tolist(), labels.tolist()):
+        pieces = [llm_model.decode(tokenizer, [[token]])[0] for token in row]
+        prompt = "".join(pieces[:pieces.index("=") + 1])
+        value = str(formula_value(prompt[:-1]))
+        assert [p for p, x in zip(pieces, learnt) if x != -100] == [*f"({prompt[:-1]})", "<eos>", *value, "<eos>"]
+        assert "".join(pieces).startswith(f"{prompt}({prompt[:-1]})<eos>{value}:{value}<eos>") and all(x in (-100, token) for token, x in zip(row, learnt))
+
+
+def test_a_chat_template_frames_the_reply():
+    tokenizer = char_tokenizer()
+    assert reply_ids(tokenizer, "36:") == encode(tokenizer, ["36:"])[0]
+    with pytest.raises(ValueError, match="reply: '3 6' has characters"): reply_ids(tokenizer, "3 6")
+    turns = "{% for m in messages %}{% if m.role == 'user' %}({{ m.content }}){% else %}{{ m.content }}<eos>:{% endif %}{% endfor %}"
+    tokenizer.chat_template = turns + "{% if add_generation_prompt %}={% endif %}"
+    assert tokenizer.decode(reply_ids(tokenizer, "36")) == ":(36)="
+    tokenizer.chat_template = turns.replace("<eos>", "")
+    with pytest.raises(ValueError, match="ends no assistant's turn"): reply_ids(tokenizer, "36")
+
+
+# hostile text
+
+def made(name: str, table: str, formulas: str) -> SimpleNamespace:
+    "A task, prompts, and a right answer to each."
+    t = TextMath(dict(table=table, formulas=formulas)[name], ask=False) if name in ("table", "formulas") else task(name)
+    if hasattr(t, "prepare"): t.prepare()
+    prompts = [t.prompt(random.Random(i)) for i in range(20)]
+    return SimpleNamespace(task=t, asked=[(p, t.demonstrate(p, random.Random(0))) for p in prompts])
+
+
+QUICK = ["sort", "sort64", "countdown", "countdown5", "calculator", "calculator8", BASIC]
+SLOW = ["table", "formulas", "gym:simple_integration,size=16", "gym:countdown,size=16", "gym:spiral_matrix,size=16", "gym:n_queens,size=16",
+    "gym:coin_flip,size=16", "gym:prime_factorization,size=16"]
+
+
+@pytest.mark.parametrize("name", QUICK + SLOW)
+def test_no_text_raises_hangs_or_is_run(name, table, formulas, tmp_path):
+    m, rng, file = made(name, table, formulas), random.Random(0), str(tmp_path / "run")
+    longest, worst, slow = 0.0, "", 0
+    for _ in range(FUZZ if name in QUICK or FUZZ > 10_000 else FUZZ // 3):
+        prompt, right = rng.choice(m.asked)
+        text = odd(rng, right, file)
+        start = time.thread_time()
+        reward = m.task.verify(prompt, text)
+        took = time.thread_time() - start
+        assert type(reward) is float and 0 <= reward <= 1, (text, reward)
+        slow += took > 0.05
+        if took > longest: longest, worst = took, text
+    print(f"{name}: longest {1e3 * longest:.1f} ms, by {worst[:80]!r}; {slow} over 50 ms")
+    assert not os.path.exists(file) and not hasattr(builtins, "pwned")
+    assert longest < (0.05 if name in QUICK else 2.0), worst[:200]      # the slow ones run in a process with a time limit
+
+
+@pytest.mark.parametrize("t", [Sort(), Countdown(), Calculator(), Calculator(8)], ids=lambda t: t.name)
+@given(text=st.text() | st.text("0123456789+-*/=():" + TURN, max_size=24), seed=st.integers(0, 2**32))
+def test_only_the_right_text_earns_a_reward(t, text, seed):
+    prompt = t.prompt(random.Random(seed))
+    right = t.demonstrate(prompt, random.Random(seed))
+    assert t.verify(prompt, right) == 1 and t.verify(prompt, text) in (0.0, 1.0)
+    assert t.verify(prompt, right + " ") == t.verify(prompt, right[:-1] + "x") == t.verify(prompt, right + "0") == 0
+
+
+@given(text=st.text() | st.text(r"0123456789+-*/^(){}\xyz.,=!eE_ ", max_size=60))
+def test_what_looks_harmless_is(text):
+    assert is_harmless(text, "1") in (True, False) and is_formula(text) in (True, False) and is_literal(text) in (True, False)
+    if is_harmless(text, "1") or is_formula(text): assert "__" not in text and not {"'", '"', "[" if is_formula(text) else "'"} & set(text)
