@@ -85,7 +85,8 @@ _TASK = (("task", str, "sort, countdown, calculator (a number after the name set
           "math:DATA,key=value,... (a file, a folder or a data set of the hub), or one that you registered"),
          ("model", str, "embedded (a small model, made here in ten seconds), a folder in Hugging Face format, or a name on the hub"),
          ("steps", int, "updates"), ("prompts_per_step", int, "prompts in an update"), ("group_size", int, "responses to each prompt"),
-         ("max_tokens", int, "longest response; the task's by default"), ("verify_timeout", float, "seconds that the verifier has for a response, where it runs in a process of its own"))
+         ("max_tokens", int, "longest response; the task's by default"),
+         ("verify_timeout", float, "seconds that the verifier has for a response, where it runs in a process of its own"))
 _SAMPLING = (("mode", str, "how sampling and updates take turns: sync brings the sampling weights up to date every K updates, with lag they are "
                            "always K updates old, periodic overlaps the two within an update, async overlaps them and is at most K updates behind", "MODES"),
              ("partial", bool, "in mode async: newer weights take over between two tokens of a response"),
