@@ -2,13 +2,14 @@
 
 What is measured apart, before any schedule runs: sampling alone (in the engine's process), training alone, both at once without a word between them
 (how much two processes slow each other), and quarters of a batch. The schedules themselves are predicted from that alone.
-Usage: python bench/schedules.py [--updates 60] [--out records/schedules.json]. One thread a process; needs two idle cores.
+Usage: python bench/schedules.py [--updates 60] [--rounds 3] [--out records/schedules.json]. One thread a process; needs two idle cores.
 """
 
 import argparse
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import statistics
 import time
@@ -20,9 +21,11 @@ import torch
 from offpolicy_rl.llm import simulate as sim
 from offpolicy_rl.llm.config import TrainConfig
 from offpolicy_rl.llm.record import git_commit, machine, rounded, versions, write_atomically
+from offpolicy_rl.llm.rollouts import Rollouts
 from offpolicy_rl.llm.train import Trainer
 
-BASE = TrainConfig(recipe="reinforce", task="sort", prompts_per_step=32, threads=1, steps=10**6, eval_every=10**6, eval_prompts=8)
+# the policy stands still: else a schedule that learns faster has other responses to train on, and is timed on another task
+BASE = TrainConfig(recipe="reinforce", task="sort", prompts_per_step=32, threads=1, lr=1e-12, steps=10**6, eval_every=10**6, eval_prompts=8)
 mean = statistics.fmean
 
 
@@ -47,12 +50,13 @@ def seconds(work, count: int) -> list[float]:
     return took
 
 
-def train_on(run: Trainer, rollouts):
-    "One update as a schedule has it, but for the samples: marks, loss, step, metrics, and the next prompts drawn."
+def train_on(run: Trainer, batches: list[Rollouts]):
+    "One update as a schedule has it, but for the samples: marks, loss, step, metrics, and the next prompts drawn. Batch follows upon batch."
+    coming = itertools.cycle(batches)
+
     def work():
         run.requests()
-        run.rewarded(rollouts)
-        run.update(rollouts)
+        run.update(run.rewarded(next(coming)))
         run.fresh.clear()
     return work
 
@@ -66,37 +70,23 @@ def apart(count: int) -> dict[str, float]:
 
     def sample(size):
         ask(size)
-        return engine.collect()[1]
-    for name, size in (("batch", None), ("quarter", BASE.prompts_per_step // 4)):
-        rollouts = run.rewarded(sample(size))
-        work = train_on(run, rollouts)
-        one_sampled = functools.partial(sample, size)
-        seconds(work, 5), seconds(one_sampled, 5)
-        found[f"training_{name}"], found[f"sampling_{name}"] = mean(seconds(work, count)), mean(seconds(one_sampled, count))
-    rollouts = run.rewarded(sample(None))
-    work = train_on(run, rollouts)
+        return engine.collect()
+    for name, size in (("quarter", BASE.prompts_per_step // 4), ("batch", None)):
+        sampling = functools.partial(sample, size)
+        work = train_on(run, [sampling()[1] for _ in range(count)])
+        seconds(work, 5), seconds(sampling, 5)
+        found[f"training_{name}"], found[f"sampling_{name}"] = mean(seconds(work, count)), mean(seconds(sampling, count))
+    found["sampling_alone"] = mean(sampling()[2] for _ in range(count))  # as the engine's process counts, without the way to it and back
+    found["sync"] = mean(seconds(lambda: engine.sync(run.model, run.step), count))
     for _ in range(4 * count): ask(None)  # more than the trainer below can outlast
     engine.collect()
-    start, answered, training = time.perf_counter(), [], []
+    answered, training = [], []
     while len(training) < count:
         training += seconds(work, 1)
         while engine.waiting(): answered.append(engine.collect()[2])
-    found["training_both"] = mean(training)
-    found["sampling_both"] = mean(answered)
-    found["updates_while_both"], found["seconds_while_both"] = len(training), time.perf_counter() - start
+    found["training_both"], found["sampling_both"] = mean(training), mean(answered)
     engine.close()
-    run = trainer(mode="async", staleness=2)
-    alone = [x for _ in range(count) for x in [sampled_alone(run)]]
-    found["sampling_alone"] = mean(alone[3:])
-    found["sync"] = mean(seconds(lambda: run.schedule.engine.sync(run.model, run.step), count))
-    run.schedule.engine.close()
     return found
-
-
-def sampled_alone(run: Trainer) -> float:
-    "Seconds that the engine's process itself reports for a batch."
-    run.schedule.engine.submit(**run.requests()[0])
-    return run.schedule.engine.collect()[2]
 
 
 def predictions(found: dict[str, float]) -> dict[str, float]:
@@ -109,35 +99,44 @@ def predictions(found: dict[str, float]) -> dict[str, float]:
     return {name: sim.predict(times, schedule, 200, slow).seconds for name, (times, schedule) in named.items()}
 
 
+SCHEDULES = {"async, 1": dict(mode="async", staleness=1), "async, 2": dict(mode="async", staleness=2), "periodic": dict(mode="periodic")}
+
+
+def measured(updates: int) -> dict[str, float]:
+    "Seconds an update of each schedule, as it runs."
+    found = {}
+    for name, how in {"sync": {}, **SCHEDULES}.items():
+        run = trainer(**how)
+        found[name] = wall(run, updates)
+        run.schedule.engine.close()
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--updates", type=int, default=60, help="timed updates of each schedule (default 60)")
+    parser.add_argument("--updates", type=int, default=60, help="timed updates of each schedule in a round (default 60)")
+    parser.add_argument("--rounds", type=int, default=3, help="how often all is measured, one after the other (default 3)")
     parser.add_argument("--out", type=Path, help="a JSON file to keep the result in")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    run = trainer()
-    first = wall(run, args.updates)
-    found = apart(args.updates // 2)
+    rounds = [(apart(args.updates // 2), measured(args.updates)) for _ in range(args.rounds)]
+    found, took = ({name: mean(one[name] for one in column) for name in column[0]} for column in zip(*rounds))
     expected = predictions(found)
-    measured = {}
-    for name, how in (("async, 1", dict(mode="async", staleness=1)), ("async, 2", dict(mode="async", staleness=2)), ("periodic", dict(mode="periodic"))):
-        other = trainer(**how)
-        measured[name] = wall(other, args.updates)
-        other.schedule.engine.close()
-    last = wall(run, args.updates)
-    sync = (first + last) / 2
     ms = {name: f"{1e3 * found[name]:.1f} ms" for name in ("sampling_batch", "training_batch", "sync")}
     print(f"alone: sampling {ms['sampling_batch']}, training {ms['training_batch']}, handing over {ms['sync']}; at once: sampling "
           f"{found['sampling_both'] / found['sampling_alone']:.2f} times, training {found['training_both'] / found['training_batch']:.2f} times as long")
-    print(f"{'sync':12s} {1e3 * sync:7.1f} ms an update (before {1e3 * first:.1f}, after {1e3 * last:.1f})")
-    for name in expected:
-        ours = f"{name:12s} {1e3 * measured[name]:7.1f} ms an update, predicted {1e3 * expected[name]:7.1f}"
-        print(f"{ours}; speed-up {sync / measured[name]:.2f}, "
-              f"predicted {sync / expected[name]:.2f} ({100 * (measured[name] / expected[name] - 1):+.0f} %)")
+    for name, x in took.items():
+        each = [1e3 * one[name] for _, one in rounds]
+        line = f"{name:12s} {1e3 * x:7.1f} ms an update (rounds {min(each):.1f} to {max(each):.1f})"
+        if name in expected:
+            line += (f", predicted {1e3 * expected[name]:.1f} ({100 * (x / expected[name] - 1):+.0f} %); "
+                     f"speed-up {took['sync'] / x:.2f}, predicted {took['sync'] / expected[name]:.2f}")
+        print(line)
     if args.out is not None:
-        kept = dict(command=f"python bench/schedules.py --updates {args.updates}", commit=git_commit(), machine=machine(), versions=versions(),
-                    date=datetime.date.today().isoformat(), apart=found, sync=[first, last], measured=measured, predicted=expected)
+        kept = dict(command=f"python bench/schedules.py --updates {args.updates} --rounds {args.rounds}", commit=git_commit(), machine=machine(),
+                    versions=versions(), date=datetime.date.today().isoformat(), apart=found, measured=took, predicted=expected,
+                    rounds=[dict(apart=one, measured=other) for one, other in rounds])
         write_atomically(args.out, json.dumps(rounded(kept), indent=1) + "\n")
 
 
