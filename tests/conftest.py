@@ -16,6 +16,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
 
 
+@pytest.fixture(scope="module")
+def models(pytestconfig):
+    "Warm-started models are made once for all tests, and not in the user's own cache."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OFFPOLICY_RL_CACHE", str(pytestconfig.cache.mkdir("models")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def built(tmp_path_factory):
     "The site, built once: `html` its folder, `work` what its builder keeps for the next build."

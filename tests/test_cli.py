@@ -22,12 +22,7 @@ from offpolicy_rl.recipes import recipes, systems
 SMALL = "--steps 4 --prompts-per-step 4 --group-size 4 --eval-prompts 16 --eval-every 2"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def models(pytestconfig):
-    "Warm-started models are made once for all tests, and not in the user's own cache."
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OFFPOLICY_RL_CACHE", str(pytestconfig.cache.mkdir("models")))
-        yield
+pytestmark = pytest.mark.usefixtures("models")
 
 
 @pytest.fixture

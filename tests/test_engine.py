@@ -32,12 +32,7 @@ PROMPTS = ["52918043=", "31=", "77120=", "90817263="]
 HOW = [dict(top_p=0.7), dict(top_k=2), dict(min_p=0.3), dict(top_p=0.8, top_k=4, min_p=0.05)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def models(pytestconfig):
-    "Warm-started models are made once for all tests, and not in the user's own cache."
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OFFPOLICY_RL_CACHE", str(pytestconfig.cache.mkdir("models")))
-        yield
+pytestmark = pytest.mark.usefixtures("models")
 
 
 @pytest.fixture

@@ -31,12 +31,7 @@ from offpolicy_rl.llm.worker import SHARED
 SHORT = dict(task="sort", prompts_per_step=4, group_size=4, eval_prompts=8, steps=6, eval_every=3)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def models(pytestconfig):
-    "Warm-started models are made once for all tests, and not in the user's own cache."
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OFFPOLICY_RL_CACHE", str(pytestconfig.cache.mkdir("models")))
-        yield
+pytestmark = pytest.mark.usefixtures("models")
 
 
 # kill -9

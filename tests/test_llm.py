@@ -37,12 +37,7 @@ from offpolicy_rl.recipes import Recipe, recipe, recipes
 PROMPTS = ["52918043=", "31=", "77120=", "90817263="]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def models(pytestconfig):
-    "Warm-started models are made once for all tests, and not in the user's own cache."
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OFFPOLICY_RL_CACHE", str(pytestconfig.cache.mkdir("models")))
-        yield
+pytestmark = pytest.mark.usefixtures("models")
 
 
 @pytest.fixture

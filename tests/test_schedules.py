@@ -34,12 +34,7 @@ PROMPTS = ["52918043=", "31=", "77120="]
 ROUNDING = 5e-5     # of a log-probability in single precision: logits of up to 100 are known to 6e-6 each, and a few of them add up
 
 
-@pytest.fixture(autouse=True, scope="module")
-def models(pytestconfig):
-    "Warm-started models are made once for all tests, and not in the user's own cache."
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OFFPOLICY_RL_CACHE", str(pytestconfig.cache.mkdir("models")))
-        yield
+pytestmark = pytest.mark.usefixtures("models")
 
 
 @pytest.fixture(scope="module")

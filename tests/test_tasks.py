@@ -43,12 +43,13 @@ FUZZ = int(os.environ.get("FUZZ", 1500))
 BASIC = "gym:basic_arithmetic,max_terms=2,max_digits=1,whitespace=no_space"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def models(pytestconfig):
-    "Warm-started models are made once for all tests, and not in the user's own cache; no process is left."
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OFFPOLICY_RL_CACHE", str(pytestconfig.cache.mkdir("models")))
-        yield
+pytestmark = pytest.mark.usefixtures("models", "no_judges")
+
+
+@pytest.fixture(scope="module")
+def no_judges():
+    "No process is left."
+    yield
     close_judges()
 
 
