@@ -327,6 +327,13 @@ def test_what_cannot_teach_has_no_backward_pass():
     for name in ("opmd", "grpo_k2", "awr"): assert len(Learner(TrainConfig(recipe=name, task="sort")).idle(r)) == 0
 
 
+def test_equal_rewards_that_are_shaped_by_length_do_teach():
+    learner = moved(recipe="dapo", knobs=dict(max_length=14, buffer=9))
+    r = sampled(learner, temperature=2.0)
+    r.reward = torch.zeros_like(r.reward)
+    assert any(len(set(r.mask[r.group == g].sum(1).tolist())) > 1 for g in range(8)) and gradient(learner, r).norm() > 0
+
+
 def test_nothing_to_learn_from_is_an_update_by_momentum():
     def run(idle):
         learner = Learner(TrainConfig(recipe="grpo", task="sort", warmup=0))
@@ -365,8 +372,7 @@ def test_checkpointing_keeps_fewer_activations():
 
 @pytest.mark.parametrize("how, message", [
     (dict(autocast="float16"), "autocast: in float16 gradients vanish"),
-    (dict(autocast="bfloat16", dtype="bfloat16"), "autocast: it stands beside float32 weights"),
-    (dict(logp_chunk=4, top_p=0.9), "logp_chunk: it knows nothing of truncated sampling")])
+    (dict(autocast="bfloat16", dtype="bfloat16"), "autocast: it stands beside float32 weights")])
 def test_options_that_do_not_go_together(how, message):
     with pytest.raises(ValueError, match=message): Learner(TrainConfig(recipe="grpo", task="sort", **how))
 

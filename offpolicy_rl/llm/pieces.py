@@ -64,8 +64,8 @@ def independent(recipe: Recipe) -> bool:
 
 @functools.cache
 def ignores_equals(recipe: Recipe) -> bool:
-    "True when a group whose rewards are all equal teaches exactly nothing, whatever the policy says of it."
-    if "group" not in recipe.inputs: return False
+    "True when a group whose rewards are all equal teaches exactly nothing, whatever the policy says of it. Never so of a recipe that shapes rewards."
+    if recipe.reward is not None or "group" not in recipe.inputs: return False    # what is equal for the verifier may be shaped by length
     batch = made_up_batch()
     equal = (batch["group"] == 0) | (batch["group"] == 3)
     batch["reward"] = torch.where(equal, (batch["group"] == 3).double(), batch["reward"])
