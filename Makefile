@@ -93,7 +93,7 @@ $(VENV)/.torch:
 $(VENV)/.llm: EXTRAS := llm
 $(VENV)/.lab: EXTRAS := lab,llm,dev
 $(VENV)/.docs: EXTRAS := docs,lab,llm,dev
-$(VENV)/.dev: EXTRAS := dev,lab,llm,docs,trl,tasks
+$(VENV)/.dev: EXTRAS := dev,lab,llm,docs,trl,tasks,track
 $(addprefix $(VENV)/.,llm lab docs dev): $(VENV)/.torch $(META)
 	$(PIP) install --editable '.[$(EXTRAS)]'
 	@touch $@
