@@ -28,7 +28,7 @@ from fastcore.nbio import mk_cell, nb2str, read_nb
 from links import broken_links
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
-from pages import LANDING, TITLES, site_pages
+from pages import LANDING, READING, TITLES, site_pages
 from sphinx.cmd.build import main as sphinx_build
 
 PACKAGE = ("toys", "lab", "llm", "interop")
@@ -87,14 +87,15 @@ def toctree(entries: list[str], caption: str = "") -> str:
 
 
 def section_page(folder: str, metas: dict[Path, dict]) -> str:
-    "The page of a folder: its notebooks, each with its one line."
-    inside = {path: meta for path, meta in metas.items() if path.parts[0] == folder and len(path.parts) > 1}
-    rows = [
-        f"[{meta.get('title', path.stem)}]({path.relative_to(folder).as_posix()})\n: {meta.get('description') or path.stem}\n"
-        for path, meta in inside.items()
-    ]
-    entries = [path.relative_to(folder).with_suffix("").as_posix() for path in inside]
-    return f"# {TITLES.get(folder, folder.capitalize())}\n\n" + "\n".join(rows) + "\n" + toctree(entries)
+    "The page of a folder: its notebooks, each with its one line, in the order of READING."
+    left = {path.stem: path for path in metas if path.parts[0] == folder and len(path.parts) > 1}
+    headings = READING.get(folder, {})
+    parts = [(f"## {heading}\n\n", [left.pop(name) for name in names if name in left]) for heading, names in headings.items()]
+    parts.append(("## More\n\n" if headings else "", list(left.values())))
+    line = lambda path: f"[{metas[path].get('title', path.stem)}]({path.relative_to(folder).as_posix()})\n: {metas[path].get('description') or path.stem}\n"
+    lines = "\n".join(heading + "\n".join(map(line, paths)) for heading, paths in parts if paths)
+    entries = [path.relative_to(folder).with_suffix("").as_posix() for _, paths in parts for path in paths]
+    return f"# {TITLES.get(folder, folder.capitalize())}\n\n{lines}\n{toctree(entries)}"
 
 
 def contents(metas: dict[Path, dict], own: list[str]) -> str:

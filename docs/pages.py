@@ -36,6 +36,17 @@ TITLES = {
     "robots": "Robots",
     "tutorials": "Tutorials",
 }
+# A folder with many pages has them in the order in which they are best read, under headings; a page that is not named here comes last.
+READING = {
+    "llm": {
+        "Train and compare": ("train", "cli", "config", "compare", "report", "curves", "scale"),
+        "What is learnt": ("tasks", "gym", "word_math", "tool", "verify"),
+        "Who samples": ("engine", "sampling", "rollouts", "vllm", "worker"),
+        "How old the samples are": ("schedule", "collect", "buffer", "old", "simulate"),
+        "An update": ("model", "learner", "pieces", "logp", "critic", "adapter", "parallel"),
+        "What stays": ("record", "metrics", "trackers", "checkpoint"),
+    },
+}
 KINDS = {
     "ratio": "Ratios",
     "advantage": "Advantages",
