@@ -47,7 +47,7 @@ from offpolicy_rl.llm.train import Trainer, train
 rng = random.Random(0)
 Trainer(TrainConfig())  # imports what a model needs
 for how, kills in json.loads(sys.argv[1]):
-    config, steps, seconds = TrainConfig(**how), [0], 0.1
+    config, steps, told, pids, seconds = TrainConfig(**how), [0], [], [], 0.1
     for i in range(kills + 1):
         news, tell = os.pipe()
         child = os.fork()
@@ -59,24 +59,29 @@ for how, kills in json.loads(sys.argv[1]):
             except BaseException: traceback.print_exc()
             finally: os._exit(code)
         os.close(tell)
+        pids.append(child)
+        dots = b""
         if i < kills:
-            os.read(news, 1)
+            dots += os.read(news, 1)
             for _ in range(rng.randint(0, 4)):
                 start = time.perf_counter()
-                os.read(news, 1)
+                dots += os.read(news, 1)
                 seconds = 0.5 * (seconds + time.perf_counter() - start)
             time.sleep(rng.random() * seconds)
             os.kill(child, signal.SIGKILL)
         code = os.waitpid(child, 0)[1]
+        while more := os.read(news, 100): dots += more
         os.close(news)
+        told.append(len(dots))
         steps.append(max((int(p.name[5:]) for p in checkpoints(checkpoint_folder(config))), default=0))
-    print(json.dumps(dict(code=code, steps=steps)), flush=True)
+    print(json.dumps(dict(code=code, steps=steps, told=told, pids=pids)), flush=True)
 """
 
 
-def killed(configs: list[TrainConfig], kills: int) -> list[dict]:
-    "Run each configuration with so many kills at random moments; the last exit code, and the checkpoint that each attempt left."
-    how = [[{k: v for k, v in vars(c).items() if v != getattr(TrainConfig(), k)}, kills] for c in configs]
+def killed(configs: list[TrainConfig], kills: list[int]) -> list[dict]:
+    """Run each configuration with its number of kills at random moments; the last exit code, the checkpoint that each attempt left (`steps`, after a 0 for
+    the beginning), how many updates each attempt said that it had done (`told`), and its process (`pids`)."""
+    how = [[{k: v for k, v in vars(c).items() if v != getattr(TrainConfig(), k)}, count] for c, count in zip(configs, kills)]
     done = subprocess.run([sys.executable, "-c", KILLED_RUNS, json.dumps(how)], capture_output=True, text=True, timeout=240,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
@@ -91,15 +96,19 @@ def same_numbers(a: dict, b: dict) -> None:
 
 
 def test_runs_killed_at_any_moment_go_on_and_end_with_the_same_numbers(tmp_path):
-    """Three kinds of run, each killed five times; a checkpoint after every update, so that many kills fall into the writing of one.
+    """Four kinds of run, each killed several times; a checkpoint after every update, so that many kills fall into the writing of one.
 
-    A run never goes back behind a checkpoint that it had, and ends with the numbers of a run that nobody disturbed."""
+    A run never goes back behind an update that it has done, and ends with the numbers of a run that nobody disturbed. One whose samples come
+    from another process does so too: that is asked for the same pieces, with the same seeds, and brings them one after the other."""
     small = {**SHORT, "steps": 30, "eval_every": 15, "save_every": 1, "threads": 1, "prompts_per_step": 2}
     runs = [dict(recipe="topr", mode="lag", staleness=3, save_model=True), dict(recipe="decoupled_ppo", staleness=4, old="snapshot", keep_checkpoints=2),
-            dict(recipe="vtrace", staleness=2, replay=32, replay_age=8, replay_by="success", replay_memory=8)]
+            dict(recipe="vtrace", staleness=2, replay=32, replay_age=8, replay_by="success", replay_memory=8), dict(recipe="reinforce", mode="periodic")]
     configs = [TrainConfig(**small, **how, out=str(tmp_path / "killed")) for how in runs]
-    for config, how, found in zip(configs, runs, killed(configs, kills=5)):
-        assert found["code"] == 0 and found["steps"][:-1] == sorted(found["steps"][:-1]) and len(set(found["steps"])) > 3, found
+    for config, how, found in zip(configs, runs, killed(configs, kills=[5, 5, 5, 3])):
+        assert found["code"] == 0 and len(set(found["steps"])) > 3, found
+        assert all(done <= b - a <= done + 1 for a, b, done in zip(found["steps"], found["steps"][1:-1], found["told"])), found     # the checkpoint comes first
+        assert found["steps"][-2] + found["told"][-1] == 30
+        no_engines_left_of(found["pids"])
         whole = train(TrainConfig(**small, **how, out=str(tmp_path / "whole")))
         same_numbers(read_record(record_path(config)), json.loads(json.dumps(whole)))
         assert sorted(os.listdir(tmp_path / "killed")) == sorted([*(record_path(c).name for c in configs), beside(configs[0], "model").name])
@@ -107,17 +116,22 @@ def test_runs_killed_at_any_moment_go_on_and_end_with_the_same_numbers(tmp_path)
     assert same[0].read_bytes() == same[1].read_bytes()
 
 
+def no_engines_left_of(pids: list[int]) -> None:
+    "What engines keep of weights goes once their learner is gone."
+    left = lambda: [path for pid in pids for path in SHARED.glob(f"offpolicy-engine-{pid}-*")]
+    deadline = time.monotonic() + 10
+    while left() and time.monotonic() < deadline: time.sleep(0.1)
+    assert not left()
+
+
 def test_an_asynchronous_run_that_is_killed_goes_on(tmp_path):
     "What it has lost is in flight: the numbers are others, the ages are not, and neither process nor weights are left over."
     config = TrainConfig(**{**SHORT, "steps": 20, "eval_every": 20}, save_every=1, threads=1, recipe="tis", mode="async", staleness=2, out=str(tmp_path))
-    before = set(SHARED.glob("offpolicy-engine-*"))
-    found, = killed([config], kills=1)
+    found, = killed([config], kills=[1])
     record = read_record(record_path(config))
     assert found["code"] == 0 and 0 < found["steps"][1] < 20, found
     assert record["updates"] == 20 and max(record["steps"]["age"]) <= 2 and os.listdir(tmp_path) == [record_path(config).name]
-    deadline = time.monotonic() + 10
-    while set(SHARED.glob("offpolicy-engine-*")) - before and time.monotonic() < deadline: time.sleep(0.1)
-    assert not set(SHARED.glob("offpolicy-engine-*")) - before
+    no_engines_left_of(found["pids"])
 
 
 def test_what_a_killed_run_left_half_written_goes_when_it_goes_on(tmp_path):

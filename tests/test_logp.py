@@ -12,9 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, PhiConfig, Qwen3Config
 
-from offpolicy_rl.llm.engine import HFEngine, mean_logp, token_entropy, token_logps
+from offpolicy_rl import core
+from offpolicy_rl.llm.config import TrainConfig
+from offpolicy_rl.llm.engine import HFEngine, kept_logits, mean_logp, token_entropy, token_logps
+from offpolicy_rl.llm.learner import Learner
 from offpolicy_rl.llm.logp import chunked_logp, fits, model_logps
 from offpolicy_rl.llm.model import char_tokenizer, embedded_model
+from offpolicy_rl.recipes import recipe
 
 B, T, V, D = 3, 4, 7, 5
 SIZE = dict(vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, intermediate_size=48,
@@ -54,10 +58,17 @@ def inputs(b=B, t=T, v=V, d=D, dtype=torch.float64, bias=True, seed=0):
     return hidden, head, offset, torch.randint(v, (b, t), generator=g), *ups
 
 
-def plainly(hidden, head, bias, tokens, temperature, mask):
+def plainly(hidden, head, bias, tokens, temperature, mask, kept=None):
     logits = torch.nn.functional.linear(hidden, head, bias) / temperature
-    logp = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-    return dict(logp=logp * mask, entropy=token_entropy(logits) * mask, mean_logp=mean_logp(logits) * mask)
+    logp = logits.gather(-1, tokens[..., None])[..., 0] - (logits if kept is None else kept_logits(logits, kept)).logsumexp(-1)
+    return dict(logp=logp * mask, entropy=token_entropy(logits, kept) * mask, mean_logp=mean_logp(logits) * mask)
+
+
+def sets(b=B, t=T, v=V, k=5, seed=0):
+    "For each token 1 to `k` ids in any order, filled up with -1; the sampled token is in some of the sets."
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.rand(b, t, v, generator=g).argsort(-1)[..., :k]
+    return ids.masked_fill(torch.arange(k) > torch.randint(k, (b, t, 1), generator=g), -1).int()
 
 
 def gradients(out, ups, wanted, entropy):
@@ -84,6 +95,35 @@ def test_values_and_gradients_are_the_plain_way_s_for_every_chunk(chunk, tempera
             for mine, his in zip(*grads): assert (mine - his).abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("chunk", [1, 5, 7, None])
+@pytest.mark.parametrize("temperature, bias", [(1.0, True), (0.6, False), (2.5, True)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_over_what_truncated_sampling_kept_too(chunk, temperature, bias, dtype):
+    hidden, head, offset, tokens, *ups = inputs(bias=bias, dtype=dtype)
+    exact = [x if x is None else x.detach().double().requires_grad_() for x in (hidden, head, offset)]
+    kept = sets()
+    inside, sizes = (kept == tokens[..., None]).any(-1), (kept >= 0).sum(-1)
+    assert inside.any() and not inside.all() and sizes.min() == 1 and sizes.max() == kept.shape[2]
+    limit = 1e-10 if dtype == torch.float64 else 1e-5
+    for mask in (torch.ones(B, T), (torch.arange(T) < torch.tensor([[4], [1], [0]])).float()):
+        padded = kept.masked_fill(mask[..., None] == 0, -1)
+        for entropy in (False, "detached", True):
+            plain = plainly(*exact, tokens, temperature, mask, padded)
+            ours = chunked_logp(hidden, head, tokens, bias=offset, temperature=temperature, mask=mask, kept=padded, chunk=chunk, entropy=entropy, mean=True)
+            for name in ours: assert ours[name].dtype == dtype and (ours[name] - plain[name]).abs().max() < limit
+            assert not ours["mean_logp"].requires_grad and (not entropy or ours["entropy"].requires_grad == (entropy is True))
+            grads = gradients(ours, ups, (hidden, head, offset), entropy is True), gradients(plain, ups, exact, entropy is True)
+            for mine, his in zip(*grads): assert (mine - his).abs().max() < limit * max(1.0, float(his.abs().max()))
+
+
+def test_the_whole_vocabulary_kept_is_no_truncation():
+    hidden, head, offset, tokens, *ups = inputs()
+    every = torch.arange(V).flip(0).expand(B, T, V)
+    ours, plain = (chunked_logp(hidden, head, tokens, bias=offset, kept=kept, entropy=True, mean=True) for kept in (every, None))
+    for name in plain: assert (ours[name] - plain[name]).abs().max() < 1e-12
+    for mine, his in zip(*(gradients(out, ups, (hidden, head, offset), True) for out in (ours, plain))): assert (mine - his).abs().max() < 1e-12
+
+
 def test_the_gradient_is_that_of_finite_differences():
     hidden, head, offset, tokens, *_ = inputs()
     mask = torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]])
@@ -106,30 +146,34 @@ def test_a_second_derivative_is_refused():
     with pytest.raises(RuntimeError, match="differentiated once"): torch.autograd.grad(logp, hidden, create_graph=True)
 
 
-def test_padding_may_hold_anything():
+@pytest.mark.parametrize("truncated", [False, True])
+def test_padding_may_hold_anything(truncated):
     hidden, head, offset, tokens, *ups = inputs()
+    kept, strange = (sets(), sets()) if truncated else (None, None)
     mask = (torch.arange(T) < torch.tensor([[4], [1], [0]])).float()
     wild, odd = hidden.detach().clone(), tokens.clone()
     wild[mask == 0], odd[mask == 0] = torch.nan, -100
     wild.requires_grad_()
-    plain, ours = plainly(hidden, head, offset, tokens, 1.0, mask), chunked_logp(wild, head, odd, bias=offset, mask=mask, entropy=True)
+    if truncated: strange[mask == 0] = 10**6
+    plain, ours = plainly(hidden, head, offset, tokens, 1.0, mask, kept), chunked_logp(wild, head, odd, bias=offset, mask=mask, kept=strange, entropy=True)
     assert (ours["logp"] - plain["logp"]).abs().max() < 1e-10 and (ours["logp"][mask == 0] == 0).all() and (ours["entropy"][mask == 0] == 0).all()
     for mine, his in zip(gradients(ours, ups, (wild, head, offset), True), gradients(plain, ups, (hidden, head, offset), True)):
         assert (mine - his).abs().max() < 1e-10
-    none = chunked_logp(hidden, head, tokens, bias=offset, mask=torch.zeros(B, T), entropy=True, mean=True)
+    none = chunked_logp(hidden, head, tokens, bias=offset, mask=torch.zeros(B, T), kept=strange, entropy=True, mean=True)
     assert all((x == 0).all() for x in none.values())
     assert all((g == 0).all() for g in gradients(none, ups, (hidden, head, offset), True))
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
-def test_logits_of_any_size_give_finite_numbers(scale):
+@pytest.mark.parametrize("kept", [None, sets()], ids=["all", "kept"])
+def test_logits_of_any_size_give_finite_numbers(scale, kept):
     hidden, head, _, tokens, *ups = inputs(dtype=torch.float32, bias=False)
     big = hidden.detach().mul(scale).requires_grad_()
-    plain, ours = plainly(big.double(), head.double(), None, tokens, 1.0, torch.ones(B, T)), chunked_logp(big, head, tokens, entropy=True)
+    plain, ours = plainly(big.double(), head.double(), None, tokens, 1.0, torch.ones(B, T), kept), chunked_logp(big, head, tokens, kept=kept, entropy=True)
     size = max(1.0, float((big @ head.T).detach().abs().max()))
     eps = torch.finfo(torch.float32).eps
     assert (ours["logp"] - plain["logp"]).abs().max() <= 2 * D * eps * size                     # D products and sums a logit, two logits
-    assert all(g.isfinite().all() for g in gradients(ours, ups, (big, head), True))
+    assert all(g.isfinite().all() for g in gradients(ours, [1e6 * up for up in ups], (big, head), True))
 
 
 # precision and devices of mixed kinds
@@ -176,6 +220,8 @@ def test_no_tensor_of_all_logits_is_ever_made():
     for chunk in (1, 7, 20):
         chunked = partial(chunked_logp, hidden, head, tokens, bias=offset, temperature=0.9, mask=mask, chunk=chunk, entropy=True, mean=True)
         assert made(lambda chunked=chunked: step(chunked())).largest == max(chunk, 6) * 500         # a chunk of logits, or the head's gradient
+        cut = partial(chunked, kept=sets(4, 10, 500, 90))
+        assert made(lambda cut=cut: step(cut())).largest == max(chunk, 6) * 500
     frozen, half, wide = head.detach(), torch.bfloat16, torch.zeros(9000, 6, dtype=torch.bfloat16)
     assert made(lambda: gradients(chunked_logp(hidden, frozen, tokens, chunk=3), ups, (hidden,), False)).largest == 3 * 500
     assert made(lambda: chunked_logp(hidden.to(half), wide, tokens, chunk=1)).largest == 8192 * 6     # one piece of the head
@@ -218,7 +264,7 @@ def sampled():
 
 def check_against_token_logps(model, rollouts, temperature=0.8, share=None):
     logp, logits = token_logps(model, rollouts, temperature, share)
-    plain = dict(logp=logp, entropy=token_entropy(logits) * rollouts.mask, mean_logp=mean_logp(logits) * rollouts.mask)
+    plain = dict(logp=logp, entropy=token_entropy(logits, rollouts.kept) * rollouts.mask, mean_logp=mean_logp(logits) * rollouts.mask)
     ours = model_logps(model, rollouts, temperature, entropy=True, mean=True, share=share, chunk=7)
     ups = torch.randn(2, *logp.shape, generator=torch.Generator().manual_seed(0))
     for name in plain: assert (ours[name] - plain[name]).abs().max() < 1e-5 * max(1.0, float(plain[name].detach().abs().max()))
@@ -305,9 +351,32 @@ def test_logits_that_are_changed_afterwards_are_refused(hook):
     assert not fits(model)
 
 
-def test_rollouts_of_truncated_sampling_are_refused(sampled):
-    model, rollouts = sampled
-    with pytest.raises(ValueError, match="kept"): model_logps(model, replace(rollouts, kept=rollouts.tokens[..., None]))
+@pytest.mark.parametrize("how", [dict(top_p=0.7), dict(top_k=3), dict(min_p=0.3, top_p=0.9)], ids=str)
+def test_truncated_sampling_s_numbers_are_token_logps_s(sampled, how):
+    model, prompts = sampled[0], sampled[1].prompts
+    rollouts = HFEngine(model, char_tokenizer()).sample(prompts, 5, 9, 0.8, torch.Generator().manual_seed(2), **how)
+    assert len({tuple(row) for row in (rollouts.kept >= 0).sum(-1).tolist()}) > 1
+    ours = check_against_token_logps(model, rollouts)
+    assert (ours["logp"] - rollouts.logp_mu).abs().max() < 1e-5
+    whole = model_logps(model, replace(rollouts, kept=None), 0.8)["logp"]
+    assert (whole - ours["logp"]).min() > -9 and (ours["logp"] - whole).max() > 0.1               # without the sets each token gets less
+
+
+@pytest.mark.parametrize("name, more", [("grpo", {}), ("grpo with entropy", {}), ("rover", {}), ("grpo_k3", dict(micro_batch=5, lora=4))])
+def test_an_update_on_truncated_sampling_is_the_same_in_chunks(monkeypatch, name, more):
+    monkeypatch.setattr(core, "_entered", dict(core._entered))
+
+    @core.method(family="entropy")
+    def spread_penalty(entropy: core.PerToken, mask: core.TokenMask): return -core.token_mean(entropy, mask)
+    own = replace(recipe("grpo"), name=name, penalties=(spread_penalty,)) if name == "grpo with entropy" else recipe(name)
+    config = TrainConfig(recipe=own, task="sort", temperature=2.0, top_p=0.9, warmup=0, lr=1e-3, **more)
+    learners = [Learner(replace(config, logp_chunk=chunk)) for chunk in (None, 11)]
+    plain = learners[0]
+    r = HFEngine(plain.model, plain.tokenizer).sample(["52918043=", "31=", "77120="], 6, 9, 2.0, torch.Generator().manual_seed(0), top_p=0.9)
+    r.reward = torch.arange(18) % 3 / 2.0
+    rows = [learner.update(r) for learner in learners]
+    flat = [torch.cat([p.grad.flatten() for p in learner.trained]) for learner in learners]
+    assert 0 < (flat[1] - flat[0]).norm() < 1e-5 * flat[0].norm() and rows[1] == pytest.approx(rows[0], abs=1e-5, rel=1e-4) and abs(rows[1]["kl"]) < 1e-5
 
 
 def test_a_whole_model_makes_no_tensor_of_all_logits(sampled):
@@ -324,7 +393,11 @@ def test_a_whole_model_makes_no_tensor_of_all_logits(sampled):
     (dict(mask=torch.ones(B, T + 1)), "mask"), (dict(temperature=0.0), "temperature"), (dict(temperature=float("nan")), "temperature"),
     (dict(chunk=0), "chunk"), (dict(entropy="yes"), "entropy"), (dict(entropy=1), "entropy"),
     (dict(tokens=torch.full((B, T), V)), "tokens"),
-    (dict(tokens=torch.full((B, T), -1)), "tokens")])
+    (dict(tokens=torch.full((B, T), -1)), "tokens"),
+    (dict(kept=torch.zeros(B, T, dtype=torch.int)), "kept"), (dict(kept=torch.zeros(B, T + 1, 2, dtype=torch.int)), "kept"),
+    (dict(kept=torch.zeros(B, T, 0, dtype=torch.int)), "kept"), (dict(kept=torch.full((B, T, 2), V)), "kept"),
+    (dict(kept=torch.tensor([0, -2]).expand(B, T, 2)), "kept"),
+    (dict(kept=torch.full((B, T, 2), -1)), "kept: expected a token or more .* got none at 12 of 12")])
 def test_what_cannot_be_meant_is_named(change, named):
     given = dict(hidden=torch.zeros(B, T, D), head_weight=torch.zeros(V, D), tokens=torch.zeros(B, T, dtype=torch.long))
-    with pytest.raises(ValueError, match=f"^{named}: "): chunked_logp(**{**given, **change})
+    with pytest.raises(ValueError, match=f"^{named}"): chunked_logp(**{**given, **change})

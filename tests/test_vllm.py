@@ -23,8 +23,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from offpolicy_rl.llm.adapter import with_adapter
+from offpolicy_rl.llm.config import TrainConfig
 from offpolicy_rl.llm.engine import HFEngine, response_logits, token_logps
 from offpolicy_rl.llm.model import char_tokenizer, embedded_model, encode, load
+from offpolicy_rl.llm.train import Trainer
 from offpolicy_rl.llm.vllm import (VLLMEngine, VLLMServer, call, engine_weights, fidelity, import_vllm, mismatch, start_watched, stop_watched,
                                    verify_sync, write_model, write_weights)
 from offpolicy_rl.ratios.tis import keep_min_p, keep_top_k, keep_top_p, token_logp
@@ -210,6 +212,36 @@ def test_a_step_of_training(engine, tied):
         assert mismatch(model, r) > 100 * EXACT
         engine.sync(model, step + 1)
         verify_sync(engine, model, PROMPTS, EXACT)
+
+
+@in_its_environment
+def test_a_run_with_an_adapter_samples_with_the_sum(models, engines, tmp_path):
+    "Every second update the engine gets weights and adapter as one, also under the tied output layer's name, and a run that goes on gives it the same again."
+    engines(None)
+    config = TrainConfig(recipe="topr", task="sort", engine="vllm", lora=4, staleness=2, lr=1e-2, warmup=0, steps=5, prompts_per_step=4, group_size=4,
+                         eval_prompts=8, threads=1)
+    trainer, gaps = Trainer(config), []
+    assert trainer.model.get_output_embeddings().weight is trainer.model.get_input_embeddings().weight
+    assert verify_sync(trainer.schedule.engine, trainer.model, PROMPTS, EXACT) < EXACT
+    def update():
+        trainer.advance()
+        behind = trainer.fresh[0].version.unique().tolist()
+        return behind, trainer.record["steps"]["kl"][-1]
+    for step in range(3):
+        version, kl = update()
+        gaps.append(fidelity(trainer.schedule.engine, trainer.model, PROMPTS))
+        assert version == [step - step % 2] and (abs(kl) < EXACT) == (step % 2 == 0) and gaps[-1] > 0.1
+    trainer.save(tmp_path)
+    version, kl = update()
+    trainer.hand_over(trainer.schedule.engine, 4)
+    verify_sync(trainer.schedule.engine, trainer.model, PROMPTS, EXACT)
+    trainer.close()
+
+    trainer = Trainer(config)
+    trainer.restore(tmp_path / "step-000003")
+    assert fidelity(trainer.schedule.engine, trainer.model, PROMPTS) == pytest.approx(gaps[-1], abs=EXACT)
+    assert update() == (version, pytest.approx(kl, abs=EXACT)) and version == [2]
+    trainer.close()
 
 
 @in_its_environment

@@ -61,8 +61,8 @@ def response_logits(model, rollouts: Rollouts, share: bool | None = None) -> Per
 
 # %% ../../nbs/llm/engine.ipynb #fe543ae5
 def kept_logits(logits: PerVocab, kept: Int[Tensor, "b t k"]) -> Float[Tensor, "b t k"]:
-    "The logits of the kept tokens; where a row has fewer, a number whose exponential is 0."
-    return logits.gather(-1, kept.long().clamp(min=0)).masked_fill(kept < 0, torch.finfo(logits.dtype).min)
+    "The logits of the kept tokens; where a row has fewer, a number whose exponential is 0, and whose products with other numbers are finite."
+    return logits.gather(-1, kept.long().clamp(min=0)).masked_fill(kept < 0, -torch.finfo(logits.dtype).max ** 0.5)
 
 
 def token_entropy(logits: PerVocab, kept: Int[Tensor, "b t k"] | None = None) -> PerToken:

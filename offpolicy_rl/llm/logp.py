@@ -9,11 +9,12 @@ __all__ = ['CHUNK_BYTES', 'chunked_logp', 'fits', 'model_logps']
 from collections.abc import Iterator
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from ..core import PerToken, PerVocab, TokenIds, TokenMask
 from .critic import without_output_layer
-from .engine import response_logits
+from .engine import kept_logits, response_logits
 from .rollouts import Rollouts
 
 # %% ../../nbs/llm/logp.ipynb #96c43ce5
@@ -34,14 +35,14 @@ def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) 
 
 
 class _RowLogps(torch.autograd.Function):
-    "Log-probability, entropy and mean log-probability of the rows of `hidden`, `chunk` rows at a time."
+    "Log-probability, entropy and mean log-probability of the rows of `hidden`, `chunk` rows at a time. What was kept of row i: `kept[at[i]]`."
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, tokens, dtype, temperature, chunk, entropy, mean):
-        parts = [_statistics(_logits(x.to(dtype), weight, bias, temperature), y, entropy, mean)
-                 for x, y in zip(hidden.split(chunk), tokens.split(chunk))]
+    def forward(ctx, hidden, weight, bias, tokens, kept, at, dtype, temperature, chunk, entropy, mean):
+        parts = [_statistics(_logits(x.to(dtype), weight, bias, temperature), y, None if kept is None else kept[i], entropy, mean)
+                 for x, y, i in zip(hidden.split(chunk), tokens.split(chunk), at.split(chunk))]
         top, log_sum, logp, ent, avg = (None if column[0] is None else torch.cat(column) for column in zip(*parts))
-        ctx.save_for_backward(hidden, weight, bias, tokens, top, log_sum, ent)
+        ctx.save_for_backward(hidden, weight, bias, tokens, kept, at, top, log_sum, ent)
         ctx.dtype, ctx.temperature, ctx.chunk = dtype, temperature, chunk
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(x for x in (None if entropy is True else ent, avg) if x is not None))
@@ -50,50 +51,59 @@ class _RowLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, g_entropy, _):
         if torch.is_grad_enabled(): raise RuntimeError("chunked_logp can be differentiated once; take token_logps where create_graph is needed")
-        hidden, weight, bias, tokens, top, log_sum, entropy = ctx.saved_tensors
+        hidden, weight, bias, tokens, kept, at, top, log_sum, entropy = ctx.saved_tensors
         if g is None: g = torch.zeros_like(top)
         for_hidden, for_weight, for_bias = (top.new_zeros(x.shape) if needed else None
                                             for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad))
         live = g != 0 if g_entropy is None else (g != 0) | (g_entropy != 0)
         for rows in live.nonzero()[:, 0].split(ctx.chunk):
             x = hidden[rows].to(ctx.dtype)
-            z = _logits(x, weight, bias, ctx.temperature).sub_(top[rows, None])
+            z = _logits(x, weight, bias, ctx.temperature)
             at_entropy = None if g_entropy is None else (g_entropy[rows], entropy[rows])
-            delta = _delta(z, tokens[rows], log_sum[rows], g[rows], at_entropy).div_(ctx.temperature)
+            delta = _delta(z, None if kept is None else kept[at[rows]], top[rows], log_sum[rows], g[rows], at_entropy)
+            delta.scatter_add_(1, tokens[rows, None], g[rows, None]).div_(ctx.temperature)
             back = torch.zeros_like(x)
-            for at, w in _head(weight, ctx.dtype):
-                if for_hidden is not None: back.addmm_(delta[:, at], w)
-                if for_weight is not None: for_weight[at].addmm_(delta[:, at].T, x)
+            for some, w in _head(weight, ctx.dtype):
+                if for_hidden is not None: back.addmm_(delta[:, some], w)
+                if for_weight is not None: for_weight[some].addmm_(delta[:, some].T, x)
             if for_hidden is not None: for_hidden[rows] = back
             if for_bias is not None: for_bias += delta.sum(0)
             del z, delta  # before the next chunk is made
         grads = (None if d is None else d.to(x.dtype) for d, x in ((for_hidden, hidden), (for_weight, weight), (for_bias, bias)))
-        return *grads, *[None] * 6
+        return *grads, *[None] * 8
 
 
-def _statistics(z: Tensor, tokens: Tensor, entropy: bool | str, mean: bool) -> tuple[Tensor | None, ...]:
+def _statistics(z: Tensor, tokens: Tensor, kept: Tensor | None, entropy: bool | str, mean: bool) -> tuple[Tensor | None, ...]:
     "Of rows of logits, in their place: the largest, the log of the sum relative to it, log pi of `tokens`, and on demand entropy and mean log pi."
+    chosen, average = z.gather(1, tokens[:, None])[:, 0], None
+    if kept is not None:
+        among = kept_logits(z, kept)
+        if mean: average = _statistics(z, tokens, None, False, True)[-1]  # of the whole vocabulary, kept or not
+        z, mean = among, False
     top = z.amax(1)
-    chosen = z.sub_(top[:, None]).gather(1, tokens[:, None])[:, 0]
-    average = z.mean(1) if mean else None
+    z.sub_(top[:, None])
+    if mean: average = z.mean(1)
     e = z.exp() if entropy else z.exp_()
     total = e.sum(1)
     log_sum = total.log()
-    return (top, log_sum, chosen - log_sum, log_sum - e.mul_(z).sum(1) / total if entropy else None, average - log_sum if mean else None)
+    if mean: average -= log_sum
+    return top, log_sum, chosen - top - log_sum, log_sum - e.mul_(z).sum(1) / total if entropy else None, average
 
 
-def _delta(z: Tensor, tokens: Tensor, log_sum: Tensor, g: Tensor, at_entropy: tuple[Tensor, Tensor] | None) -> Tensor:
-    "The loss's gradient by the logits, in place of `z`: logits less their largest. `at_entropy` is the entropy's gradient and the entropy."
+def _delta(z: Tensor, kept: Tensor | None, top: Tensor, log_sum: Tensor, g: Tensor, at_entropy: tuple[Tensor, Tensor] | None) -> Tensor:
+    "The loss's gradient by the logits `z`, in their place, less `g` at the chosen token. `at_entropy` is the entropy's gradient and the entropy."
+    if kept is not None:
+        among = _delta(kept_logits(z, kept), None, top, log_sum, g, at_entropy)
+        return z.zero_().scatter_add_(1, kept.long().clamp(min=0), among)  # where nothing was kept, 0
+    z.sub_(top[:, None])
     share = (-log_sum).exp()
-    if at_entropy is None: z.exp_().mul_((-g * share)[:, None])
-    else:
-        g_entropy, entropy = at_entropy
-        e = z.exp()
-        z.add_((entropy - log_sum)[:, None]).mul_(g_entropy[:, None]).add_(g[:, None]).mul_(e).mul_(-share[:, None])
-    return z.scatter_add_(1, tokens[:, None], g[:, None])
+    if at_entropy is None: return z.exp_().mul_((-g * share)[:, None])
+    g_entropy, entropy = at_entropy
+    e = z.exp()
+    return z.add_((entropy - log_sum)[:, None]).mul_(e).mul_(g_entropy[:, None]).addcmul_(e, g[:, None]).mul_(-share[:, None])
 
 # %% ../../nbs/llm/logp.ipynb #ddfd465b
-def _check(hidden: Tensor, head_weight: Tensor, tokens: Tensor, bias: Tensor | None, real: Tensor, **knobs) -> None:
+def _check(hidden: Tensor, head_weight: Tensor, tokens: Tensor, bias: Tensor | None, real: Tensor, kept: Tensor | None, **knobs) -> None:
     "ValueError for what cannot be meant."
     (v, d), shape = head_weight.shape, tuple(tokens.shape)
     if hidden.shape != (*shape, d): raise ValueError(f"hidden: expected {(*shape, d)} for tokens {shape} and head_weight {(v, d)}, got {tuple(hidden.shape)}")
@@ -106,20 +116,29 @@ def _check(hidden: Tensor, head_weight: Tensor, tokens: Tensor, bias: Tensor | N
     chosen = tokens[real]
     if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < v:
         raise ValueError(f"tokens: expected ids from 0 to {v - 1}, got {int(chosen.min())} to {int(chosen.max())}")
+    if kept is None: return
+    if kept.dim() != 3 or kept.shape[:2] != tokens.shape or not kept.shape[2]:
+        raise ValueError(f"kept: expected {(*shape, 'k')} for tokens {shape}, k at least 1, got {tuple(kept.shape)}")
+    least, most = kept.amin(-1)[real], kept.amax(-1)[real]
+    if (most < 0).any(): raise ValueError(f"kept: expected a token or more at each one sampled, got none at {int((most < 0).sum())} of {len(most)}")
+    if (least < -1).any() or (most >= v).any(): raise ValueError(f"kept: expected ids from 0 to {v - 1}, or -1, got {int(least.min())} to {int(most.max())}")
 
 
 def chunked_logp(hidden: PerVocab, head_weight: Tensor, tokens: TokenIds, *, bias: Tensor | None = None, temperature: float = 1.0,
-                 mask: TokenMask | None = None, chunk: int | None = None, entropy: bool | str = False, mean: bool = False) -> dict[str, PerToken]:
+                 mask: TokenMask | None = None, kept: Int[Tensor, "b t k"] | None = None, chunk: int | None = None, entropy: bool | str = False,
+                 mean: bool = False) -> dict[str, PerToken]:
     """`logp` of the tokens (0 where `mask` is) from hidden states b t d and an output layer v d; on demand `entropy` and `mean_logp`.
 
     `chunk` rows of logits exist at a time, by default as many as fill 64 MB. `entropy` has a gradient when True, none when "detached";
-    `mean_logp`, the mean of log pi over the vocabulary, never has. Nothing is computed for padding, nor twice for a row without gradient."""
+    `mean_logp`, the mean of log pi over the vocabulary, never has. Nothing is computed for padding, nor twice for a row without gradient.
+    `kept`: the tokens that truncated sampling kept, filled up with -1; `logp` and `entropy` are then those of the distribution over these."""
     real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
-    _check(hidden, head_weight, tokens, bias, real, temperature=temperature, chunk=chunk, entropy=entropy)
+    _check(hidden, head_weight, tokens, bias, real, kept, temperature=temperature, chunk=chunk, entropy=entropy)
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, head_weight.dtype), torch.float32)
     rows = real.flatten().nonzero()[:, 0]
     if chunk is None: chunk = max(1, CHUNK_BYTES // (len(head_weight) * dtype.itemsize))
-    out = _RowLogps.apply(hidden.flatten(0, 1)[rows], head_weight, bias, tokens.flatten()[rows], dtype, temperature, chunk, entropy, mean)
+    out = _RowLogps.apply(hidden.flatten(0, 1)[rows], head_weight, bias, tokens.flatten()[rows], None if kept is None else kept.flatten(0, 1), rows,
+                          dtype, temperature, chunk, entropy, mean)
     return {name: x.new_zeros(real.numel()).index_copy(0, rows, x).view(real.shape)
             for name, x in zip(("logp", "entropy", "mean_logp"), out) if x is not None}
 
@@ -166,8 +185,7 @@ def model_logps(model, rollouts: Rollouts, temperature: float = 1.0, *, entropy:
     A model that does more to its logits than `fits` allows is refused; `checked` says that this has been asked before."""
     if not checked and not fits(model):
         raise ValueError(f"model: {type(model).__name__} does more to its logits than a linear output layer; take token_logps, which makes them all")
-    if rollouts.kept is not None: raise ValueError("rollouts: expected none of truncated sampling (`kept`); take token_logps, which knows of it")
     layer = model.get_output_embeddings()
     with without_output_layer(model): states = response_logits(model, rollouts, share)
-    return chunked_logp(states, layer.weight, rollouts.tokens, bias=layer.bias, temperature=temperature, mask=rollouts.mask, chunk=chunk,
-                        entropy=entropy, mean=mean)
+    return chunked_logp(states, layer.weight, rollouts.tokens, bias=layer.bias, temperature=temperature, mask=rollouts.mask,
+                        kept=rollouts.kept, chunk=chunk, entropy=entropy, mean=mean)

@@ -33,6 +33,7 @@ from .model import load
 from .rollouts import Rollouts
 from .tasks import task as find_task
 from .tool import respond
+from .verify import Failed
 
 # %% ../../nbs/llm/worker.ipynb #36f07aa4
 def make_engine(name: str, model, tokenizer, dtype: str | None = None, live: bool = False, device: str | None = None) -> Engine:
@@ -55,7 +56,7 @@ def scratch(size: int) -> tuple[Path, Any]:
     new = Path(tempfile.mkdtemp(prefix=".offpolicy-new-", dir=root))
     lock = open(new / "lock", "w")
     fcntl.flock(lock, fcntl.LOCK_EX)
-    return new.rename(root / f"offpolicy-engine-{new.name.rsplit('-', 1)[1]}"), lock
+    return new.rename(root / f"offpolicy-engine-{os.getpid()}-{new.name.rsplit('-', 1)[1]}"), lock
 
 
 def _remove_if_left(path: Path) -> None:
@@ -188,14 +189,14 @@ class EngineProcess:
         except OSError: pass  # the process is gone: `collect` will see it, and ask the next one
 
     def _revive(self) -> None:
-        "Start the process again. Raises RuntimeError where it died too often."
+        "Start the process again. Raises Failed where it died too often."
         self.process.kill()
         code = self.process.wait()
         self.deaths += 1
         if self.deaths >= LIVES:
             tail = "\n".join(self.log.read_text(errors="replace").strip().splitlines()[-12:]) or "(nothing)"
             self.close()
-            raise RuntimeError(f"the engine's process died {self.deaths} times in a row, the last time with {_cause(code)}; its log ends:\n{tail}")
+            raise Failed(f"the engine's process died {self.deaths} times in a row, the last time with {_cause(code)}; its log ends:\n{tail}")
         self.restarts += 1
         self.pipe.close()
         self._start()
@@ -228,7 +229,7 @@ class EngineProcess:
         "Raise what was raised over there."
         if number is None: self.close()
         self.open.pop(number, None)
-        raise {"ValueError": ValueError, "ModuleNotFoundError": ModuleNotFoundError}.get(kind, RuntimeError)(f"the engine's process: {error}")
+        raise {"ValueError": ValueError, "ModuleNotFoundError": ModuleNotFoundError}.get(kind, Failed)(f"the engine's process: {error}")
 
     def waiting(self) -> int:
         "Finished requests that nobody has collected."
