@@ -4,6 +4,7 @@ FUZZ in the environment says how many odd texts each verifier sees: 1,500 by def
 FUZZ=100000 is the long run."""
 
 import builtins
+import gc
 import json
 import os
 import pickle
@@ -26,18 +27,19 @@ import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oddities import odd
+from oddities import FORMULAS_THAT_DIFFER, SAME_FORMULAS, odd
 
 from offpolicy_rl.llm import model as llm_model
 from offpolicy_rl.llm import tasks as llm_tasks
 from offpolicy_rl.llm.engine import HFEngine, token_logps
+from offpolicy_rl.llm.formula import antiderivative, formula, same
 from offpolicy_rl.llm.gym import EVALUATES, HASH_ORDERED, Gym, is_formula, is_literal
 from offpolicy_rl.llm.model import ALPHABET, char_tokenizer, demonstrations, encode, load, warm_start_key
 from offpolicy_rl.llm.rollouts import joined
 from offpolicy_rl.llm.tasks import TURN, Countdown, Sort, Task, draw, family, held_out, settings, task
 from offpolicy_rl.llm.tool import Calculator, Conversation, ToolTask, formula_value, reply_ids, respond, rollout
 from offpolicy_rl.llm.verify import Judge, close_judges, verify_all
-from offpolicy_rl.llm.word_math import TextMath, final_answer, is_harmless, number
+from offpolicy_rl.llm.word_math import TextMath, final_answer, number, same_by_math_verify
 
 FUZZ = int(os.environ.get("FUZZ", 1500))
 BASIC = "gym:basic_arithmetic,max_terms=2,max_digits=1,whitespace=no_space"
@@ -332,7 +334,7 @@ def test_when_two_answers_are_the_same(right, answer, same, tmp_path):
 
 
 def test_numbers_are_exact_and_long_sums_are_not_read():
-    assert is_harmless("1+" * 59 + "1", "120") and not is_harmless("1+" * 60 + "1", "121")
+    assert same("1+" * 99 + "1", "100") and formula("1+" * 100 + "1") is None
     assert number("0.1") * 3 == number("0.3") and number("1" * 30) != number("1" * 29 + "2") and number("1" * 41) is None
 
 
@@ -535,8 +537,8 @@ def made(name: str, table: str, formulas: str) -> SimpleNamespace:
     return SimpleNamespace(task=t, asked=[(p, t.demonstrate(p, random.Random(0))) for p in prompts])
 
 
-QUICK = ["sort", "sort64", "countdown", "countdown5", "calculator", "calculator8", BASIC]
-SLOW = ["table", "formulas", "gym:simple_integration,size=16", "gym:countdown,size=16", "gym:spiral_matrix,size=16", "gym:n_queens,size=16",
+QUICK = ["sort", "sort64", "countdown", "countdown5", "calculator", "calculator8", BASIC, "table", "formulas", "gym:simple_integration,size=16"]
+SLOW = ["gym:countdown,size=16", "gym:spiral_matrix,size=16", "gym:n_queens,size=16",
     "gym:coin_flip,size=16", "gym:prime_factorization,size=16"]
 
 
@@ -544,18 +546,64 @@ SLOW = ["table", "formulas", "gym:simple_integration,size=16", "gym:countdown,si
 def test_no_text_raises_hangs_or_is_run(name, table, formulas, tmp_path):
     m, rng, file = made(name, table, formulas), random.Random(0), str(tmp_path / "run")
     longest, worst, slow = 0.0, "", 0
+    gc.collect()
+    gc.freeze()                                        # a verifier does not pay for what the other tests left behind
     for _ in range(FUZZ if name in QUICK or FUZZ > 10_000 else FUZZ // 3):
         prompt, right = rng.choice(m.asked)
         text = odd(rng, right, file)
-        start = time.thread_time()
+        start = time.thread_time()                     # not a clock's time: other processes use this machine too
         reward = m.task.verify(prompt, text)
         took = time.thread_time() - start
         assert type(reward) is float and 0 <= reward <= 1, (text, reward)
         slow += took > 0.05
         if took > longest: longest, worst = took, text
+    gc.unfreeze()
     print(f"{name}: longest {1e3 * longest:.1f} ms, by {worst[:80]!r}; {slow} over 50 ms")
     assert not os.path.exists(file) and not hasattr(builtins, "pwned")
-    assert longest < (0.05 if name in QUICK else 2.0), worst[:200]      # the slow ones run in a process with a time limit
+    assert longest < 0.05, worst[:200]
+
+
+@pytest.mark.parametrize("right, answer", SAME_FORMULAS)
+def test_formulas_that_are_the_same(right, answer): assert same(right, answer)
+
+
+@pytest.mark.parametrize("right, answer", FORMULAS_THAT_DIFFER)
+def test_formulas_that_differ(right, answer): assert not same(right, answer) and not same(answer, right)
+
+
+READ_OTHERWISE = {("1<x<2", "2>x>1"), (r"\frac{1}{1+i}", r"\frac{1-i}{2}"), ("(1+i)^2", "2i"), (r"\emptyset", r"\varnothing"), ("101_2", "101_3")}
+
+
+def test_formulas_are_the_same_where_math_verify_finds_them_so_but_for_five():
+    pairs = SAME_FORMULAS + FORMULAS_THAT_DIFFER
+    assert {pair for pair in pairs if same(*pair) != same_by_math_verify(*pair)} == READ_OTHERWISE
+
+
+def test_math_verify_marks_where_it_is_asked_for(table):
+    t = task(f"math:{table},by=math-verify")
+    prompt = t.prompt(random.Random(0))
+    right = t.facts(prompt)
+    assert not t.inline and verify_all(t, [prompt] * 2, [rf"\boxed{{{right}\cdot 1}}", rf"\boxed{{{right}+1+x}}"]) == ([1.0, 0.0], 0)
+    with pytest.raises(ValueError, match="by: expected formula or math-verify, got 'sympy'"): TextMath("data", by="sympy")
+
+
+@pytest.mark.parametrize("name", ["simple_integration", "intermediate_integration"])
+def test_antiderivatives_of_the_library_are_right(name):
+    t = Gym(name, size=60)
+    for i in range(60):
+        e = t.entry(i)
+        shifted = e["answer"].replace(" + C", " - 3")
+        assert t.mark(e, e["answer"]) == 1 and t.mark(e, e["answer"] + " + " + e["metadata"]["variable"]) == 0
+        if is_formula(shifted): assert t.mark(e, shifted) == t.mark(e, f"2*({shifted})/2") == t.mark(e, f"K - (-({shifted}))") == 1
+
+
+@pytest.mark.parametrize("text, integrand, right", [
+    ("x*log(x) - x", "log(x)", 1), ("x*(log(x) - 1) + C", "log(x)", 1), ("sin(x)**2/2", "sin(x)*cos(x)", 1), ("-cos(x)**2/2", "sin(x)*cos(x)", 1),
+    ("-cos(2*x)/4 + 7", "sin(x)*cos(x)", 1), ("atan(x)", "1/(x**2 + 1)", 1), ("2*x**(3/2)/3", "sqrt(x)", 1), ("2*x*sqrt(x)/3", "sqrt(x)", 1),
+    ("(x + 1)**3/3", "x**2 + 2*x + 1", 1), ("x**3/3 + x**2 + x", "(x + 1)**2", 1), ("log(5*x)", "1/x", 1), ("x**2 + E**2", "2*x", 1), ("x*sin(x)", "sin(x)", 0),
+    ("sqrt(x**2)", "1", 0), ("x^2", "2*x", 0), ("x*x x", "2*x", 0), ("x, x", "1", 0), ("C", "1", 0), ("", "0", 0), ("1/(x - x)", "0", 0),
+    ("exp(exp(exp(exp(9))))*x", "1", 0)])
+def test_an_antiderivative_by_its_slope(text, integrand, right): assert antiderivative(text, integrand, "x") == right
 
 
 @pytest.mark.parametrize("t", [Sort(), Countdown(), Calculator(), Calculator(8)], ids=lambda t: t.name)
@@ -569,5 +617,5 @@ def test_only_the_right_text_earns_a_reward(t, text, seed):
 
 @given(text=st.text() | st.text(r"0123456789+-*/^(){}\xyz.,=!eE_ ", max_size=60))
 def test_what_looks_harmless_is(text):
-    assert is_harmless(text, "1") in (True, False) and is_formula(text) in (True, False) and is_literal(text) in (True, False)
-    if is_harmless(text, "1") or is_formula(text): assert "__" not in text and not {"'", '"', "[" if is_formula(text) else "'"} & set(text)
+    assert same("x+1", text) in (True, False) and is_formula(text) in (True, False) and is_literal(text) in (True, False)
+    if is_formula(text): assert "__" not in text and not {"'", '"', "["} & set(text)
