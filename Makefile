@@ -21,11 +21,14 @@ STALENESS ?= 1 32
 TASK ?= sort
 SEEDS ?= 0 1
 OUT ?= runs/main
+SIZE ?= 100m
+DEVICE ?= cuda
+SCALE ?= $(if $(filter cuda%,$(DEVICE)),records/scale,runs/scale)
 PYTEST_ARGS ?= --numprocesses 2 --dist loadfile
 LAB_ARGS ?= $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lab docs records search notebooks env system clean
+.PHONY: help run test lab docs records search scale notebooks env system clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -71,6 +74,10 @@ search: $(VENV)/.llm  ## make the recorded search for the best recipe's knobs an
 	$(SEARCH) $(LONG) --staleness 1 --recipes dr_grpo --lr 1e-3 --out records/search/onpolicy-1600-lr1e-3
 	$(SEARCH) --task countdown --seeds 10 --steps 3200 --eval-every 160 --window 80 --staleness 128 --recipes topr --lr 3e-3 --out records/search/countdown-3200-lr3e-3
 
+# On a machine without a GPU: make scale SIZE=mini DEVICE=cpu TASKS=sort
+scale: $(VENV)/.scale  ## on a GPU: make the record of a model of a hundred million parameters (not made yet); what is finished is kept
+	$(BIN)/offpolicy scale --size $(SIZE) --device $(DEVICE) --seeds 0 1 2 --eval-every 20 --window 10 --out $(SCALE) $(if $(TASKS),--tasks $(TASKS)) $(SCALE_ARGS)
+
 notebooks: env  ## export the package, run all notebooks and save their outputs, clean them, write README.md
 	scripts/notebooks
 
@@ -91,10 +98,11 @@ $(VENV)/.torch:
 	@touch $@
 
 $(VENV)/.llm: EXTRAS := llm
+$(VENV)/.scale: EXTRAS := llm,tasks
 $(VENV)/.lab: EXTRAS := lab,llm,dev
 $(VENV)/.docs: EXTRAS := docs,lab,llm,dev
 $(VENV)/.dev: EXTRAS := dev,lab,llm,docs,trl,tasks,track
-$(addprefix $(VENV)/.,llm lab docs dev): $(VENV)/.torch $(META)
+$(addprefix $(VENV)/.,llm scale lab docs dev): $(VENV)/.torch $(META)
 	$(PIP) install --editable '.[$(EXTRAS)]'
 	@touch $@
 

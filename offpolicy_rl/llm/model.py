@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALPHABET', 'PAD', 'EOS', 'UNK', 'ARCHITECTURE', 'WARM_START', 'char_tokenizer', 'encode', 'decode', 'embedded_model',
-           'threads', 'demonstrations', 'alphabet_of', 'warm_steps', 'warm_start', 'cache_folder', 'warm_start_key',
-           'embedded_path', 'load']
+           'threads', 'demonstrations', 'alphabet_of', 'warm_steps', 'imitate', 'cast_to', 'warm_start', 'cache_folder',
+           'warm_start_key', 'embedded_path', 'kept_model', 'load']
 
 # %% ../../nbs/llm/model.ipynb #f490ef01
 import contextlib
@@ -18,7 +18,9 @@ import re
 import shutil
 import string
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -67,18 +69,19 @@ ARCHITECTURE = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, 
                     max_position_embeddings=256, tie_word_embeddings=True)
 
 
-def embedded_model(seed: int = 0, alphabet: str = ALPHABET) -> torch.nn.Module:
-    "The untrained embedded model, the same for the same seed."
+def embedded_model(seed: int = 0, alphabet: str = ALPHABET, architecture: dict[str, Any] = ARCHITECTURE) -> torch.nn.Module:
+    "The untrained embedded model, or a Qwen3 of another size; the same for the same seed."
     tokenizer = char_tokenizer(alphabet)
     special = dict(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
-    config = Qwen3Config(vocab_size=len(tokenizer), dtype="float32", **special, **ARCHITECTURE)
+    config = Qwen3Config(vocab_size=len(tokenizer), dtype="float32", **special, **architecture)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() < 2: continue
             writes_residual = "o_proj" in name or "down_proj" in name
-            std = 0.02 if "embed" in name else (0.5 if writes_residual else 1.0) / math.sqrt(weight.shape[1])
+            smaller = math.sqrt(2 * config.num_hidden_layers) if writes_residual else 1.0
+            std = 0.02 if "embed" in name else 1 / smaller / math.sqrt(weight.shape[1])
             weight.normal_(std=std, generator=generator)
     return model
 
@@ -119,22 +122,32 @@ def warm_steps(task: Task) -> int:
     return getattr(task, "warm_steps", WARM_START["steps"])
 
 
-def warm_start(model, tokenizer, task: Task, seed: int = 0) -> float:
-    "Train `model` in place on demonstrations of `task`; returns the last loss in nats a token."
-    lr, warmup = WARM_START["lr"], WARM_START["warmup"]
+def imitate(model, tokenizer, tasks: Sequence[Task], seed: int = 0, *, steps: int, batch: int, lr: float, warmup: int, betas: tuple[float, float],
+            grad_clip: float, autocast: str | None = None, enough: Callable[[int], bool] = lambda step: False) -> float:
+    "Train `model` in place on demonstrations of the tasks, in turn, until `enough(steps done)`; returns the last loss in nats a token."
     rng = random.Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=WARM_START["betas"], weight_decay=0.0)
-    with threads(1):
-        for step in range(warm_steps(task)):
-            ids, labels = demonstrations(task, tokenizer, WARM_START["batch"], rng)
-            for group in optimizer.param_groups: group["lr"] = lr * min(1, (step + 1) / warmup)
-            logits = model(ids[:, :-1], use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), WARM_START["grad_clip"])
-            optimizer.step()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=betas, weight_decay=0.0)
+    for step in range(steps):
+        ids, labels = (x.to(model.device) for x in demonstrations(tasks[step % len(tasks)], tokenizer, batch, rng))
+        for group in optimizer.param_groups: group["lr"] = lr * min(1, (step + 1) / warmup)
+        with cast_to(model.device, autocast): logits = model(ids[:, :-1], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+        optimizer.step()
+        if enough(step + 1): break
     return loss.item()
+
+
+def cast_to(device: torch.device, name: str | None) -> torch.autocast:
+    "A block in which matrix products are made in the type of this name; None leaves them as they are."
+    return torch.autocast(device.type, getattr(torch, name or "bfloat16"), enabled=name is not None)
+
+
+def warm_start(model, tokenizer, task: Task, seed: int = 0) -> float:
+    "Train the embedded model in place on demonstrations of `task`; returns the last loss in nats a token."
+    with threads(1): return imitate(model, tokenizer, [task], seed, **{**WARM_START, "steps": warm_steps(task)})
 
 # %% ../../nbs/llm/model.ipynb #fc12d7fc
 def cache_folder() -> Path:
@@ -155,16 +168,21 @@ def warm_start_key(task: Task, seed: int) -> str:
 
 def embedded_path(task: Task, seed: int = 0) -> Path:
     "The folder of the warm-started model in Hugging Face format, made if it is not there yet."
-    final = cache_folder() / f"{re.sub('[^a-z0-9_]+', '-', task.name)[:60]}-{seed}-{warm_start_key(task, seed)}"
+    def make():
+        model, tokenizer = embedded_model(seed, alphabet_of(task)), char_tokenizer(alphabet_of(task))
+        warm_start(model, tokenizer, task, seed)
+        return model, tokenizer
+    return kept_model(cache_folder() / f"{re.sub('[^a-z0-9_]+', '-', task.name)[:60]}-{seed}-{warm_start_key(task, seed)}", make)
+
+
+def kept_model(final: Path, make: Callable[[], tuple]) -> Path:
+    "The folder with the model and the tokenizer that `make` gives, all or nothing; one that is there is kept."
     if (final / "config.json").exists(): return final
     hf_logging.disable_progress_bar()  # of the library, for a file of half a megabyte
     final.parent.mkdir(parents=True, exist_ok=True)
     making = Path(tempfile.mkdtemp(prefix=".making-", dir=final.parent))
     try:
-        model, tokenizer = embedded_model(seed, alphabet_of(task)), char_tokenizer(alphabet_of(task))
-        warm_start(model, tokenizer, task, seed)
-        model.save_pretrained(making)
-        tokenizer.save_pretrained(making)
+        for part in make(): part.save_pretrained(making)
         try: making.rename(final)
         except OSError:
             if not (final / "config.json").exists(): raise  # another process was quicker otherwise: its model is the same
