@@ -1,5 +1,6 @@
 "The command line: what a newcomer types, and what happens when it cannot be done."
 
+import contextlib
 import errno
 import json
 import os
@@ -7,16 +8,20 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("transformers")
 
 from offpolicy_rl.core import catalogue
-from offpolicy_rl.llm import record as llm_record
-from offpolicy_rl.llm.cli import main, parse
+from offpolicy_rl.llm import record as llm_record, tasks as llm_tasks
+from offpolicy_rl.llm.cli import COMMANDS, main, parse
+from offpolicy_rl.llm.model import embedded_path
 from offpolicy_rl.llm.record import read_record
+from offpolicy_rl.llm.tasks import Sort
 from offpolicy_rl.recipes import recipes, systems
 
 SMALL = "--steps 4 --prompts-per-step 4 --group-size 4 --eval-prompts 16 --eval-every 2"
@@ -79,6 +84,53 @@ def test_what_a_user_can_put_right_is_one_line(line, message, offpolicy, tmp_pat
     code, out, err = offpolicy(line)
     assert (code, out) == (2, "") and err.count("\n") == 1 and err.startswith("offpolicy: ") and message in err
     assert os.listdir(tmp_path) in ([], ["runs"]) and not list(tmp_path.rglob("*.json"))
+
+
+class Fragile(Sort):
+    "Its verifier does not survive the first response, and says so at length."
+    name, inline = "fragile", False
+    def verify(self, prompt, response): raise KeyError("no answer is known,\nneither here\nnor there")
+
+
+def test_a_verifier_that_raises_an_error_is_one_line(offpolicy, tmp_path, monkeypatch):
+    monkeypatch.setattr(llm_tasks, "_tasks", {**llm_tasks.tasks(), "fragile": Fragile()})
+    code, out, err = offpolicy(f"train --task fragile --model {embedded_path(Sort())} {SMALL} --out {tmp_path}")
+    assert (code, out, os.listdir(tmp_path)) == (1, "", []) and err.count("\n") == 1 and err.startswith("offpolicy: task 'fragile': its verifier failed on '")
+    assert "an answer to '" in err and "KeyError" in err and "nor there" in err
+
+
+def engines() -> list[int]:
+    "Processes of engines that this one has started."
+    found = []
+    for path in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):       # it has ended meanwhile
+            found += [int(pid) for pid in path.read_text().split() if b"llm.worker import serve" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return found
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs /proc")
+def test_an_engine_that_dies_again_and_again_is_one_line(offpolicy, tmp_path):
+    killed, over = [], threading.Event()
+    def kill():
+        while not over.wait(0.01):
+            for pid in engines():
+                with contextlib.suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try: code, out, err = offpolicy(f"train --mode periodic {SMALL} --out {tmp_path}")
+    finally:
+        over.set()
+        thread.join()
+    assert (code, out) == (1, "") and err.startswith("offpolicy: the engine's process died 3 times in a row, the last time with SIGKILL; its log ends:")
+    assert err.count("\n") == 1 and len(set(killed)) == 3 and not engines() and not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), KeyError("a bug")])
+def test_a_bug_keeps_its_traceback(offpolicy, monkeypatch, error):
+    def broken(args, command): raise error
+    monkeypatch.setitem(COMMANDS, "list", broken)
+    with pytest.raises(type(error), match="a bug"): offpolicy("list")
 
 
 def test_a_device_name_that_is_none_is_one_line(offpolicy, tmp_path):
@@ -166,3 +218,10 @@ def test_records_are_json_without_a_temporary_file(offpolicy, tmp_path):
     assert offpolicy(f"train {SMALL} --out {tmp_path}")[0] == 0
     assert os.listdir(tmp_path) == ["sort-topr-k1-s0.json"]
     json.loads((tmp_path / "sort-topr-k1-s0.json").read_text())
+
+
+@pytest.mark.parametrize("command", ["compare", "scale"])
+def test_what_starts_processes_itself_is_started_once(command, offpolicy, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = offpolicy(command)
+    assert code != 0 and err == f"offpolicy: {command}: it starts processes itself; expected to be started once, got 2 times (WORLD_SIZE)\n"

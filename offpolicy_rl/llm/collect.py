@@ -26,6 +26,7 @@ from .config import TrainConfig, beside, replayed_groups
 from .engine import Engine, HFEngine
 from .learner import Learner
 from .old import make_old
+from .parallel import add_up, check_processes, gathered, join, place, share
 from .rollouts import Rollouts, joined
 from .schedule import accumulate, make_schedule
 from .tasks import draw
@@ -38,6 +39,8 @@ class Collector(Learner):
     "A learner with a schedule, prompts, a verifier, and a replay buffer where the configuration wants one."
 
     def __init__(self, config: TrainConfig):
+        join(config.device)
+        check_processes(config)
         super().__init__(config)
         self.max_tokens = config.max_tokens or self.task.max_tokens
         self.how = dict(temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, min_p=config.min_p)
@@ -105,21 +108,26 @@ class Collector(Learner):
     # what a schedule asks for
 
     def answers(self, engine: Engine) -> Rollouts:
-        "Fresh responses of an engine in this process to fresh prompts, with rewards."
-        prompts = draw(self.task, self.planned(), self.rng)
-        return self.rewarded(respond(engine, self.task, prompts, self.config.group_size, self.max_tokens, generator=self.generator, **self.how))
+        "Fresh responses of an engine in this process to fresh prompts, with rewards; each of several processes answers its share."
+        prompts, (rank, world) = share(draw(self.task, self.planned(), self.rng)), place()
+        generator = self.generator if world == 1 else torch.Generator(self.model.device).manual_seed(self.seed() + rank)
+        return self.rewarded(respond(engine, self.task, prompts, self.config.group_size, self.max_tokens, generator=generator, **self.how))
+
+    def seed(self) -> int:
+        "A fresh seed, the same in all processes."
+        return int(torch.randint(2**62, (), generator=self.generator, device=self.generator.device))
 
     def requests(self, size: int | None = None) -> list[dict[str, Any]]:
         "Fresh prompts for an engine in another process, so many in a request (by default all), each with a seed of its own."
         prompts = draw(self.task, self.planned(), self.rng)
         size = size or len(prompts)
-        seed = lambda: int(torch.randint(2**62, (), generator=self.generator, device=self.generator.device))
-        return [dict(prompts=prompts[i:i + size], n=self.config.group_size, max_tokens=self.max_tokens, seed=seed(), **self.how)
+        return [dict(prompts=prompts[i:i + size], n=self.config.group_size, max_tokens=self.max_tokens, seed=self.seed(), **self.how)
                 for i in range(0, len(prompts), size)]
 
     def rewarded(self, rollouts: Rollouts) -> Rollouts:
-        "These fresh rollouts with their rewards."
+        "These fresh rollouts with their rewards, and with those of the other processes."
         rollouts.reward = self.rewards(rollouts)
+        rollouts = gathered(rollouts)
         self.fresh.append(rollouts)
         return rollouts
 
@@ -174,7 +182,9 @@ class Collector(Learner):
 
     def measures(self, rollouts: Rollouts) -> dict[str, float]:
         "What this step took, and what its samples were."
-        row = {f"{name}_seconds": self.spent[name] for name in ("sampling", "sync", "training")} | self.measured | dict(timeouts=float(self.timeouts))
+        late = torch.tensor(float(self.timeouts), device=self.model.device)
+        add_up([late])
+        row = {f"{name}_seconds": self.spent[name] for name in ("sampling", "sync", "training")} | self.measured | dict(timeouts=late.item())
         if self.sampler is not None: row["rounds"] = float(len(self.fresh))
         if hasattr(self.schedule.engine, "restarts"): row["restarts"] = float(self.schedule.engine.restarts)
         if isinstance(self.schedule.engine, EngineProcess): row["waiting_seconds"] = self.spent["waiting"]

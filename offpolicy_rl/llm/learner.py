@@ -23,7 +23,7 @@ from .engine import mean_logp, token_entropy, token_logps
 from .logp import fits, model_logps
 from .metrics import off_policyness, scalars
 from .model import load
-from .parallel import add_up, place
+from .parallel import add_up, in_turn, join, place
 from .pieces import ignores_equals, independent
 from .rollouts import Rollouts, pad_right
 
@@ -35,7 +35,8 @@ class Learner:
         self.config = config
         self.task, self.recipe = resolve(config)
         if config.threads is not None: torch.set_num_threads(config.threads)
-        self.model, self.tokenizer = load(config.model, self.task, config.seed, config.device, config.dtype)
+        device = join(config.device)
+        with in_turn(): self.model, self.tokenizer = load(config.model, self.task, config.seed, device, config.dtype)
         named = self.recipe.inputs
         frozen = lambda wanted: copy.deepcopy(self.model).requires_grad_(False) if wanted else None
         self.reference = frozen("logp_ref" in named)
@@ -60,7 +61,6 @@ class Learner:
         if c.logp_chunk is None: return
         if "logits" in named: raise ValueError(f"logp_chunk: recipe {self.recipe.name!r} needs whole distributions (logits); expected None, got {c.logp_chunk}")
         if not fits(self.model): raise ValueError(f"logp_chunk: {type(self.model).__name__} does more to its logits than a linear layer; expected None")
-        if c.top_p < 1 or c.top_k or c.min_p: raise ValueError("logp_chunk: it knows nothing of truncated sampling; expected None with top_p, top_k or min_p")
 
     # what models say of a batch
 
@@ -78,7 +78,7 @@ class Learner:
             for layer in layers: layer.training = False
 
     def parts(self, rollouts: Rollouts, rows: Tensor | None = None) -> list[Tensor]:
-        "Numbers of the responses (of all, or of `rows`) that go through a model together, in this process."
+        "Numbers of the responses (of all, or of `rows`) that go through a model together, in this process; of very few, none may be left for it."
         r, (rank, world) = rollouts, place()
         if rows is None: rows = torch.arange(len(r), device=r.group.device)
         count = max(world, math.ceil(len(rows) / (self.config.micro_batch or len(r))))
@@ -87,7 +87,7 @@ class Learner:
         tokens = lambda part: len(part) * int(length[part].max()) + len(r.group[part].unique()) * r.prompt_ids.shape[1]
         orders = rows, rows[length[rows].argsort(stable=True)]
         best = min((order.tensor_split(count) for order in orders), key=lambda parts: sum(tokens(part) for part in parts if len(part)))
-        return list(best[rank::world])
+        return [part for part in best[rank::world] if len(part)]
 
     def outputs(self, model, rollouts: Rollouts, entropy: bool | str = False, mean: bool = False, logits: bool = False) -> dict[str, Tensor]:
         "`logp` and what else is asked for of each token; responses that are alike are read once. `entropy` has a gradient when True, none when 'detached'."
@@ -112,8 +112,14 @@ class Learner:
         found: dict[str, Tensor] = {}
         with torch.no_grad():
             for part in self.parts(rollouts, rows): found = _put(found, read(_piece(rollouts, part)), part, rollouts)
+        if not found: found = self.nothing(rollouts, read)
         add_up(list(found.values()))
         return found
+
+    def nothing(self, rollouts: Rollouts, read: Callable[[Rollouts], dict[str, Tensor]]) -> dict[str, Tensor]:
+        "The columns of a process that has no part: zero everywhere."
+        part = rollouts.group.new_zeros(1)
+        with torch.no_grad(): return {name: torch.zeros_like(x) for name, x in _put({}, read(_piece(rollouts, part)), part, rollouts).items()}
 
     def policy(self, rollouts: Rollouts) -> dict[str, Tensor]:
         "What the recipe names of the policy, with gradient; the entropy always, for the record."
@@ -173,7 +179,7 @@ class Learner:
         alone = place()[1] == 1 and len(parts) <= 1
         for p in self.trained: p.grad = None
         way = self.in_one_pass if alone or independent(self.recipe) else self.in_two_passes
-        policy, loss, stats = way(rollouts, given, known, parts, alone)
+        policy, loss, stats = way(rollouts, given, known, busy, parts, alone)
         for p in self.trained:
             if p.grad is None: p.grad = torch.zeros_like(p)       # nothing to learn from, which is not the same as no update
         add_up([p.grad for p in self.trained])
@@ -181,7 +187,7 @@ class Learner:
             if grad is not None: p.grad += grad
         return loss.detach(), stats, {k: x.detach() for k, x in {**given, **policy}.items()}
 
-    def in_one_pass(self, rollouts, given, known, parts, alone) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+    def in_one_pass(self, rollouts, given, known, busy, parts, alone) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
         "Each part's gradient from the loss on the whole batch, in which zeros stand for what the policy says of the others."
         found: dict[str, Tensor] = {}
         for part in parts:
@@ -191,16 +197,14 @@ class Learner:
             loss.backward()
             if alone: return policy, loss, stats
             found = _put(found, {name: x.detach() for name, x in mine.items()}, part, rollouts)
+        if len(busy) and not parts: found = self.nothing(rollouts, self.policy)
         add_up(list(found.values()))
         policy = {name: x.requires_grad_() for name, x in _both(known, found).items()}
         return policy, *self.loss(policy, given)
 
-    def in_two_passes(self, rollouts, given, known, parts, alone) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+    def in_two_passes(self, rollouts, given, known, busy, parts, alone) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
         "The loss is differentiated by what the policy says of the whole batch, and these gradients are carried through each part."
-        found: dict[str, Tensor] = {}
-        with torch.no_grad():
-            for part in parts: found = _put(found, self.policy(_piece(rollouts, part)), part, rollouts)
-        add_up(list(found.values()))
+        found = self.over(rollouts, self.policy, busy) if len(busy) else {}
         policy = {name: x.requires_grad_() for name, x in _both(known, found).items()}
         loss, stats = self.loss(policy, given)
         loss.backward()

@@ -26,6 +26,7 @@ from .collect import Collector
 from .config import (TrainConfig, beside, checkpoint_folder, config_facts, recipe_facts, record_path, resolve, rollouts_folder,
                                      run_name, same_config)
 from .model import decode
+from .parallel import everywhere, first, gathered, join, meet, place, share
 from .record import (add_step, json_lines, new_record, read_record, rollout_lines, rounded, thinned, write_atomically,
                                      write_record)
 from .rollouts import Rollouts, joined
@@ -54,7 +55,7 @@ class Trainer(Collector):
         with self.clock("sampling"): rollouts = self.sample()
         with self.clock("training"): row = self.update(rollouts, None if self.sampler is None else joined(self.fresh))
         row |= self.measures(rollouts)
-        if self.config.keep_rollouts and (self.step + 1) % self.config.keep_rollouts == 0: self.keep(rollouts, self.batch)
+        if first() and self.config.keep_rollouts and (self.step + 1) % self.config.keep_rollouts == 0: self.keep(rollouts, self.batch)
         self.step += 1
         add_step(self.record, row)
         if self.step % self.config.eval_every == 0 or self.step == self.config.steps: self.log_evaluation()
@@ -73,20 +74,24 @@ class Trainer(Collector):
         return dict(prompt=[rollouts.prompts[g] for g in rollouts.group.tolist()], pieces=pieces, version=rollouts.version.tolist())
 
     def stop(self, error: Exception, rollouts: Rollouts) -> None:
-        "Raise the error, with the batch that led to it written beside the record and its path in the message."
+        "Raise the error, which all processes meet, with the batch that led to it written beside the record and its path in the message."
         if self.config.out is None: raise error
         r, path = rollouts, beside(self.config, "stopped.jsonl")
         batch = {name: x for name in ("logp_mu", "mask", "reward", "group") if (x := getattr(r, name)) is not None}
         batch["logp"] = self.read(self.model, r)[0]
-        write_atomically(path, json_lines(batch, **self.texts(r)))
+        if first(): write_atomically(path, json_lines(batch, **self.texts(r)))
+        meet()
         raise type(error)(f"{error}; its batch is in {path}") from error
 
     def evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         "Success of the policy on the held-out prompts, sampled and greedy, and its sampled answers to the first eight."
         entry, shown = dict(step=self.step), []
         for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
-            r = respond(self.live, self.task, self.held, 1, self.max_tokens, temperature, torch.Generator(self.model.device).manual_seed(0))
-            reward = self.rewards(r).tolist()
+            generator = torch.Generator(self.model.device).manual_seed(place()[0])
+            r = respond(self.live, self.task, share(self.held), 1, self.max_tokens, temperature, generator)
+            r.reward = self.rewards(r)
+            r = gathered(r)
+            reward = r.reward.tolist()
             entry[name] = sum(x >= 1 for x in reward) / len(reward)
             shown.append([dict(text=text, reward=x) for text, x in zip(r.texts[:8], reward)])
         return entry, [dict(prompt=p, sampled=a, greedy=b) for p, a, b in zip(self.held, *shown)]
@@ -149,15 +154,17 @@ def train(config: TrainConfig, progress: Callable[[int, dict[str, float]], None]
     cannot run, FloatingPointError where the loss stops being a number, OSError where `out` cannot be written."""
     resolve(config)
     if afresh and resume: raise ValueError("resume: expected one of afresh and resume, got both")
-    if config.out is not None: _writable(Path(config.out))
+    join(config.device)
+    if config.out is not None and first(): _writable(Path(config.out))
     saved = checkpoints(checkpoint_folder(config)) if config.out is not None and not afresh else []
+    if len({str(saved[-1:]) for saved in everywhere(saved)}) > 1: raise ValueError(f"out: expected a folder that all processes share, got {config.out!r}")
     if resume and not saved: raise ValueError(f"resume: there is no checkpoint of {run_name(config)} in {config.out}")
     trainer = Trainer(config, command)
     try:
-        if config.out is not None: _clear(config, all_of_it=not saved)
+        if config.out is not None and first(): _clear(config, all_of_it=not saved)
         if saved: trainer.restore(saved[-1])
-        with contextlib.closing(trackers(config.track, config.out or ".", run_name(config), trainer.record["config"], trainer.step)) as tracked:
-            return _run(trainer, progress, tracked)
+        tracked = trackers(config.track if first() else (), config.out or ".", run_name(config), trainer.record["config"], trainer.step)
+        with contextlib.closing(tracked): return _run(trainer, progress, tracked)
     finally: trainer.close()
 
 
@@ -170,12 +177,13 @@ def _run(trainer: Trainer, progress: Callable[[int, dict[str, float]], None] | N
     while trainer.step < config.steps:
         row = trainer.advance()
         tracked.log(trainer.step, row | evaluation_row(trainer.record, trainer.step))
-        if config.out is not None and trainer.step < config.steps: _keep(trainer)
+        if config.out is not None and first() and trainer.step < config.steps: _keep(trainer)
         if progress is not None: progress(trainer.step, row)
-    if config.out is not None:
+    if config.out is not None and first():
         if config.save_model: save_pretrained(trainer, beside(config, "model"))
         write_record(record_path(config), thinned(trainer.record, config.window))
         for path in (checkpoint_folder(config), beside(config, "replay")): shutil.rmtree(path, ignore_errors=True)
+    meet()
     return rounded(trainer.record)
 
 

@@ -1,0 +1,186 @@
+"Runs in two real processes (gloo, on the CPU), started by torchrun."
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from safetensors.torch import load_file
+
+from offpolicy_rl.llm.checkpoint import set_weights
+from offpolicy_rl.llm.config import TrainConfig
+from offpolicy_rl.llm.record import read_record
+from offpolicy_rl.llm.train import Trainer
+
+pytestmark = pytest.mark.usefixtures("models")
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+SMALL = dict(task="sort", prompts_per_step=5, group_size=4, eval_prompts=9, eval_every=6, lr=1e-3, warmup=0)
+RUN = ["train", "--recipe", "ppo", "--staleness", "3", "--steps", "30", "--save-every", "2", "--save-model", "--track", "jsonl", "--keep-rollouts", "10",
+       *(word for name, x in SMALL.items() for word in (f"--{name.replace('_', '-')}", str(x)))]
+NAME = "sort-ppo-k3-s0"
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+
+
+def wait_for(what, seconds: float = 100):
+    end = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return found
+
+
+WITHIN = """
+import json, sys
+import torch
+from safetensors.torch import save_file
+from offpolicy_rl.llm import cli, parallel
+from offpolicy_rl.llm.checkpoint import weights
+from offpolicy_rl.llm.config import TrainConfig
+from offpolicy_rl.llm.learner import Learner
+from offpolicy_rl.llm.parallel import everywhere, place
+from offpolicy_rl.llm.train import Trainer
+small, command, out = json.loads(sys.argv[1]), json.loads(sys.argv[3]), {}
+written = []
+def note(event, args):
+    if event == "open" and isinstance(args[2], int) and args[2] & 3 and str(args[0]).startswith(sys.argv[2].removesuffix("within0")): written.append(args[0])
+sys.addaudithook(note)
+leave, parallel.leave = parallel.leave, lambda: None        # two commands in one process
+for folder, *more in json.loads(sys.argv[4]): assert cli.main([*command, "--out", folder, *more]) == 0
+asked, seeds = [], []                      # prompts that this process answered, and what with
+hows = dict(recipe="ppo", staleness=3), dict(recipe="dapo"), dict(recipe="topr", replay=64), dict(recipe="topr", old="snapshot", mode="lag", staleness=2)
+for i, how in enumerate(hows):
+    trainer = Trainer(TrainConfig(**small, **how, steps=4))
+    trainer.generator.manual_seed(i)
+    sample = trainer.schedule.engine.sample
+    def spy(prompts, n, *args, **more):
+        if n > 1: asked.append(list(prompts)), seeds.append(more["generator"].initial_seed())
+        return sample(prompts, n, *args, **more)
+    trainer.schedule.engine.sample = spy
+    rows = [trainer.advance() for _ in range(4)]
+    r = trainer.fresh[-1]
+    mine = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    numbers = [[x for name, x in row.items() if not name.endswith("seconds")] for row in rows]
+    right = [trainer.task.verify(r.prompts[g], text) for g, text in zip(r.group.tolist(), r.texts)] == r.reward.tolist()
+    out[how["recipe"] + str(len(out))] = dict(
+        equal=all(torch.equal(mine, other) for other in everywhere(mine)), alike=everywhere(numbers)[0] == everywhere(numbers)[1], right=right,
+        asked=everywhere(asked[-1]), seeds=sum(everywhere(seeds), []), prompts=r.prompts, group=r.group.tolist(),
+        differ=len({tuple(x) for x in everywhere(r.texts)}))
+    if len(out) == 1: evaluated, kept = trainer.evaluate(), {name: p.clone() for name, p in weights(trainer.model).items()}
+    trainer.close()
+for name in ("reinforce", "self_normalised_is", "topr"):        # a batch of one response: the second process has nothing to read
+    learner = Learner(TrainConfig(**small, recipe=name))
+    one = r.take(torch.tensor([3]))
+    one.reward, one.logp_mu = torch.ones(1), one.logp_mu - 0.1
+    learner.backward(one)
+    shared, given = [p.grad.clone() for p in learner.trained], learner.given(one)
+    policy = learner.policy(one)
+    alone = torch.autograd.grad(learner.loss(policy, given)[0], learner.trained)
+    out["few " + name] = dict(apart=max((a - b).norm().item() for a, b in zip(shared, alone)), norm=sum(a.norm().item() for a in alone),
+                              read=(learner.read(learner.model, one)[0] - policy["logp"]).abs().max().item())
+for name, how in dict(mode=dict(mode="async"), engine=dict(engine="vllm"), replay_memory=dict(replay=64, replay_memory=4, out=sys.argv[2]),
+                      prompts_per_step=dict(prompts_per_step=1), eval_prompts=dict(eval_prompts=1)).items():
+    try: Trainer(TrainConfig(**{**small, **how}))
+    except ValueError as error: out[name] = str(error)
+trainer = Trainer(TrainConfig(**small, staleness="offline", out=sys.argv[2]))
+trainer.advance()
+with torch.no_grad(): trainer.trained[0].fill_(float("nan"))
+try: trainer.advance()
+except (FloatingPointError, ValueError) as error: out["stopped"] = everywhere(str(error))
+out["written"] = everywhere(len(written))
+if place()[0] == 0:
+    save_file(kept, sys.argv[2] + "/kept.safetensors")
+    json.dump(dict(out, evaluated=evaluated), open(sys.argv[2] + "/out.json", "w"))
+leave()
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, models):
+    "A run of the command that is killed; then, in two more processes, the same resumed and uninterrupted, and what WITHIN looks at."
+    killed, whole, within = (tmp_path_factory.mktemp(name) for name in ("killed", "whole", "within"))
+    process = subprocess.Popen([*TORCHRUN, "-m", "offpolicy_rl", *RUN, "--out", str(killed)], stderr=subprocess.DEVNULL)
+    saved = killed / f"{NAME}.checkpoints"
+    wait_for(lambda: process.poll() is not None or sorted(saved.glob("step-*"))[-1:] >= [saved / "step-000004"])
+    os.kill(children(process.pid)[-1], signal.SIGKILL)       # the one that only computes: the other waits for it, and must not wait forever
+    code, left = process.wait(timeout=60), sorted(path.name for path in killed.iterdir())
+    (within / "script.py").write_text(WITHIN)
+    rest = {k: v for k, v in SMALL.items() if k != "lr"}
+    asked = [*map(json.dumps, (rest, RUN, [[str(killed), "--resume"], [str(whole)]]))]
+    done = subprocess.run([*TORCHRUN, str(within / "script.py"), asked[0], str(within), *asked[1:]], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((within / "out.json").read_text())
+    return SimpleNamespace(killed=killed, whole=whole, left=left, code=code, said=done.stdout, folder=within, found=found)
+
+
+def test_when_one_process_dies_the_others_end_too_and_leave_a_checkpoint(runs):
+    assert runs.code != 0 and f"{NAME}.checkpoints" in runs.left and f"{NAME}.model" not in runs.left
+
+
+def test_a_killed_run_of_two_processes_ends_with_the_same_bits(runs):
+    killed, whole = runs.killed, runs.whole
+    weights = [(folder / f"{NAME}.model" / "model.safetensors").read_bytes() for folder in (killed, whole)]
+    assert weights[0] == weights[1]
+    one, other = (read_record(folder / f"{NAME}.json") for folder in (killed, whole))
+    for key in ("evaluations", "samples", "config", "recipe", "updates"): assert one[key] == other[key]
+    for name in one["steps"].keys() | other["steps"].keys():
+        if not name.endswith("seconds"): assert one["steps"][name] == other["steps"][name], name
+
+
+def test_one_process_writes_and_speaks(runs):
+    whole, said = runs.whole, runs.said
+    assert sorted(path.name for path in whole.iterdir()) == [f"{NAME}.{kind}" for kind in ("json", "jsonl", "model", "rollouts")]
+    assert said.count("record: ") == 2      # two runs
+    assert runs.found["written"][0] > 10 and runs.found["written"][1] == 0
+    rows = [json.loads(line)["step"] for line in (whole / f"{NAME}.jsonl").read_text().splitlines()]
+    assert rows == list(range(31))
+    assert sorted(path.name for path in (whole / f"{NAME}.rollouts").iterdir()) == [f"step-{i:06d}.jsonl" for i in (10, 20, 30)]
+    record = read_record(whole / f"{NAME}.json")
+    assert record["updates"] == 30 and record["config"]["device"] == "cpu" and len(record["samples"]) == 8
+
+
+@pytest.mark.parametrize("run", ["ppo0", "dapo1", "topr2", "topr3"])
+def test_both_processes_have_the_same_batch_and_end_with_equal_weights(runs, run):
+    found = runs.found[run]
+    assert found["equal"] and found["alike"] and found["right"] and found["differ"] == 1
+    assert [len(share) for share in found["asked"]] == ([1, 2] if run == "topr2" else [2, 3])
+    assert len(set(found["seeds"])) == len(found["seeds"])       # no process draws what another does, nor what it drew before
+    assert [p for share in found["asked"] for p in share] == found["prompts"]
+    assert found["group"] == [g for g in range(len(found["prompts"])) for _ in range(4)]
+
+
+def test_greedy_evaluation_is_that_of_one_process(runs):
+    folder, found = runs.folder, runs.found
+    trainer = Trainer(TrainConfig(**SMALL, recipe="ppo"))
+    set_weights(trainer.model, load_file(folder / "kept.safetensors"))
+    entry, answers = trainer.evaluate()
+    assert found["evaluated"][0]["greedy"] == entry["greedy"]
+    assert [(a["prompt"], a["greedy"]) for a in found["evaluated"][1]] == [(a["prompt"], a["greedy"]) for a in answers]
+    assert len({a["greedy"]["text"] for a in answers}) > 4
+
+
+@pytest.mark.parametrize("field,expected", [("mode", "sync or lag in several processes, got 'async'"), ("engine", "hf in several processes, got 'vllm'"),
+                                            ("replay_memory", "expected None, got 4"), ("prompts_per_step", "2 processes, got 1"),
+                                            ("eval_prompts", "2 processes, got 1")])
+def test_what_several_processes_cannot_do_is_said(runs, field, expected):
+    assert runs.found[field].startswith(f"{field}: ") and expected in runs.found[field]
+
+
+def test_a_run_that_stops_leaves_its_batch_once(runs):
+    folder, found = runs.folder, runs.found
+    assert all(error.startswith("step 1: ") and error.endswith(f"{folder}/sort-topr-offline-s0.stopped.jsonl") for error in found["stopped"])
+    assert len((folder / "sort-topr-offline-s0.stopped.jsonl").read_text().splitlines()) == 20
+
+
+@pytest.mark.parametrize("recipe", ["reinforce", "self_normalised_is", "topr"])
+def test_a_batch_may_have_fewer_responses_than_there_are_processes(runs, recipe):
+    found = runs.found[f"few {recipe}"]
+    assert found["read"] == 0 and found["norm"] > 1e-3 and found["apart"] <= 1e-6 * found["norm"]
