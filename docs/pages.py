@@ -40,7 +40,7 @@ TITLES = {
 READING = {
     "llm": {
         "Train and compare": ("train", "cli", "config", "compare", "report", "curves", "scale"),
-        "What is learnt": ("tasks", "gym", "word_math", "formula", "tool", "verify"),
+        "What is learnt": ("tasks", "gym", "word_math", "formula", "equality", "tool", "verify"),
         "Who samples": ("engine", "sampling", "rollouts", "vllm", "worker"),
         "How old the samples are": ("schedule", "collect", "buffer", "old", "simulate"),
         "An update": ("model", "learner", "pieces", "logp", "critic", "adapter", "parallel"),

@@ -1,7 +1,12 @@
 "Texts that a verifier may meet and should survive."
 
+import builtins
+import gc
+import os
 import random
 import string
+import time
+from collections.abc import Callable
 
 PWN = "setattr(__import__('builtins'), 'pwned', 1)"
 CODE = [
@@ -113,6 +118,18 @@ FORMULAS_THAT_DIFFER = [
     ('-\\infty', '\\infty'), ('x=5', 'x=6'),
     ('x=5', 'y=5'),
 ]
+SAME_ANGLES = [
+    ('\\cos 60^\\circ', '\\frac{1}{2}'), ('\\sin^2 30^{\\circ}', '1/4'),
+    ('\\tan(45^\\circ)', '1'), ('2\\sin(x+30^\\circ)', '\\sqrt3\\sin x+\\cos x'),
+    ('\\cos 60\\degree', '0.5'), ('90°', '90'),
+    ('\\frac{\\sin 20^\\circ}{\\cos 20^\\circ}', '\\tan 20^\\circ'), ('x=30^\\circ', '30'),
+    ('\\cos 60^\\circ+30^\\circ', '30.5'),
+]
+ANGLES_THAT_DIFFER = [
+    ('\\cos 60^\\circ', '\\cos 60'),
+    ('30^\\circ', '\\frac{\\pi}{6}'), ('\\arcsin\\frac12', '30^\\circ'),
+    ('\\cos 60^\\circ', '\\cos 30^\\circ'), ('\\cos(60)^\\circ', '1/2'),
+]
 WRAPS = ["?", "?", "?", "?", "?", "\\boxed{?}", "#### ?", "<answer>?</answer>", "The answer is ?.", "[?]", "'?'", " ?\n", "?<eos>", "x = ?", "$?$", "?\u241e?"]
 CHARS = string.digits + "+-*/^()=:,. _{}[]<>$%#\\&|!'\"\n\t" + string.ascii_letters
 BRACKETS = ["()", "[]", "{}", "[)", "-(", "~~", "\\frac{1}{", "<answer>", "\\boxed{"]
@@ -151,3 +168,23 @@ def odd(rng: random.Random, right: str, file: str) -> str:
                         lambda: rng.choice(CHARS) * rng.choice([100, 5000, 50_000])], [20, 6, 40, 12, 12, 8, 8, 2])[0]()
     if rng.random() < 0.1: made += near(rng, right)
     return rng.choice(WRAPS).replace("?", made)
+
+
+def survive(name: str, verify: Callable[[str, str], float], asked: list[tuple[str, str]], count: int, seed: int, file: str) -> None:
+    "Show a verifier odd texts: none raises an error, takes 50 ms or is run."
+    rng, longest, worst, slow = random.Random(seed), 0.0, "", 0
+    gc.collect()
+    gc.freeze()                                        # a verifier does not pay for what the other tests left behind
+    for _ in range(count):
+        prompt, right = rng.choice(asked)
+        text = odd(rng, right, file)
+        start = time.thread_time()                     # not a clock's time: other processes use this machine too
+        reward = verify(prompt, text)
+        took = time.thread_time() - start
+        assert type(reward) is float and 0 <= reward <= 1, (text, reward)
+        slow += took > 0.05
+        if took > longest: longest, worst = took, text
+    gc.unfreeze()
+    print(f"{name}, seed {seed}, {count} texts: longest {1e3 * longest:.1f} ms, by {worst[:80]!r}; {slow} over 50 ms")
+    assert not os.path.exists(file) and not hasattr(builtins, "pwned")
+    assert longest < 0.05, worst[:200]

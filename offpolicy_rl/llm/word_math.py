@@ -16,7 +16,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .formula import same
+from .equality import same
 from .tasks import by_hash, family, settings
 
 
