@@ -41,9 +41,9 @@ READING = {
     "llm": {
         "Train and compare": ("train", "cli", "config", "compare", "report", "curves", "scale"),
         "What is learnt": ("tasks", "gym", "word_math", "formula", "equality", "tool", "verify"),
-        "Who samples": ("engine", "sampling", "rollouts", "vllm", "worker"),
+        "Who samples": ("engine", "sampling", "rollouts", "vllm", "fidelity", "worker"),
         "How old the samples are": ("schedule", "collect", "buffer", "old", "simulate"),
-        "An update": ("model", "learner", "pieces", "logp", "critic", "adapter", "parallel"),
+        "An update": ("model", "learner", "pieces", "logp", "critic", "adapter", "parallel", "shard"),
         "What stays": ("record", "metrics", "trackers", "checkpoint"),
     },
 }

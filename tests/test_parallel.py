@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file
 
-from offpolicy_rl.llm.checkpoint import set_weights
+from offpolicy_rl.llm.checkpoint import checkpoints, load_checkpoint, set_weights
 from offpolicy_rl.llm.config import TrainConfig
+from offpolicy_rl.llm.model import load
 from offpolicy_rl.llm.record import read_record
 from offpolicy_rl.llm.train import Trainer
 
@@ -42,12 +43,14 @@ WITHIN = """
 import json, sys
 import torch
 from safetensors.torch import save_file
+from pathlib import Path
 from offpolicy_rl.llm import cli, parallel
-from offpolicy_rl.llm.checkpoint import weights
+from offpolicy_rl.llm.checkpoint import checkpoints, weights
 from offpolicy_rl.llm.config import TrainConfig
 from offpolicy_rl.llm.learner import Learner
 from offpolicy_rl.llm.parallel import everywhere, place
-from offpolicy_rl.llm.train import Trainer
+from offpolicy_rl.llm.shard import whole
+from offpolicy_rl.llm.train import Trainer, save_pretrained
 small, command, out = json.loads(sys.argv[1]), json.loads(sys.argv[3]), {}
 written = []
 def note(event, args):
@@ -86,8 +89,40 @@ for name in ("reinforce", "self_normalised_is", "topr"):        # a batch of one
     alone = torch.autograd.grad(learner.loss(policy, given)[0], learner.trained)
     out["few " + name] = dict(apart=max((a - b).norm().item() for a, b in zip(shared, alone)), norm=sum(a.norm().item() for a in alone),
                               read=(learner.read(learner.model, one)[0] - policy["logp"]).abs().max().item())
+answers = Trainer(TrainConfig(**small, recipe="reinforce", seed=3)).sample()        # the batch for what follows
+hows = dict(reference=dict(recipe="grpo_k3", micro_batch=8), passes=dict(recipe="self_normalised_is", logp_chunk=11, micro_batch=7),
+            adapter=dict(recipe="reinforce", lora=4, gradient_checkpointing=True), critic=dict(recipe="vtrace"))
+for name, how in hows.items():
+    found = []
+    for shard in (False, True):
+        learner = Learner(TrainConfig(**small, **how, shard=shard))
+        one = answers.take(torch.tensor([3]))
+        one.reward, one.logp_mu = torch.ones(1), one.logp_mu - 0.1
+        learner.backward(one)
+        few = torch.cat([whole(p.grad).flatten() for p in learner.trained])
+        mine = sum((p.to_local() if shard else p).numel() for p in learner.trained)
+        rows = [learner.update(answers) for _ in range(3)]
+        grads, weights_ = (torch.cat([whole(x).detach().flatten() for x in xs]) for xs in ([p.grad for p in learner.trained], learner.trained))
+        found.append((few, grads, weights_, torch.tensor([list(row.values()) for row in rows]), mine))
+    out["shard " + name] = dict(norms=[x.norm().item() for x in found[0][:2]], parts=everywhere(found[1][4]), all=found[0][4],
+                                apart=[((a - b).norm() / b.norm()).item() for a, b in zip(found[1][:4], found[0][:4])])
+out["held"] = {}
+hows = dict(recipe="decoupled_ppo", mode="lag", staleness=2, old="snapshot", engine_dtype="bfloat16", steps=9, keep_checkpoints=2)
+for shard in (False, True):
+    config, folder = TrainConfig(**small, **hows, shard=shard), Path(sys.argv[2]) / f"held-{shard}"
+    trainers = [Trainer(config)]
+    for step in range(5):
+        rows = [[x for name, x in trainer.advance().items() if not name.endswith("seconds")] for trainer in trainers]
+        if step == 2:
+            trainers[0].save(folder)
+            parallel.meet()
+            trainers.append(Trainer(config))
+            trainers[1].restore(checkpoints(folder)[-1])
+    ends = [torch.cat([whole(p).detach().flatten() for p in trainer.trained]) for trainer in trainers]
+    out["held"][str(shard)] = rows[0] == rows[1] and torch.equal(*ends)
+    save_pretrained(trainers[1], Path(sys.argv[2]) / f"saved-{shard}")
 for name, how in dict(mode=dict(mode="async"), engine=dict(engine="vllm"), replay_memory=dict(replay=64, replay_memory=4, out=sys.argv[2]),
-                      prompts_per_step=dict(prompts_per_step=1), eval_prompts=dict(eval_prompts=1)).items():
+                      prompts_per_step=dict(prompts_per_step=1), eval_prompts=dict(eval_prompts=1), compile=dict(shard=True, compile=True)).items():
     try: Trainer(TrainConfig(**{**small, **how}))
     except ValueError as error: out[name] = str(error)
 trainer = Trainer(TrainConfig(**small, staleness="offline", out=sys.argv[2]))
@@ -169,7 +204,7 @@ def test_greedy_evaluation_is_that_of_one_process(runs):
 
 @pytest.mark.parametrize("field,expected", [("mode", "sync or lag in several processes, got 'async'"), ("engine", "hf in several processes, got 'vllm'"),
                                             ("replay_memory", "expected None, got 4"), ("prompts_per_step", "2 processes, got 1"),
-                                            ("eval_prompts", "2 processes, got 1")])
+                                            ("eval_prompts", "2 processes, got 1"), ("compile", "False with shard, got True")])
 def test_what_several_processes_cannot_do_is_said(runs, field, expected):
     assert runs.found[field].startswith(f"{field}: ") and expected in runs.found[field]
 
@@ -184,3 +219,30 @@ def test_a_run_that_stops_leaves_its_batch_once(runs):
 def test_a_batch_may_have_fewer_responses_than_there_are_processes(runs, recipe):
     found = runs.found[f"few {recipe}"]
     assert found["read"] == 0 and found["norm"] > 1e-3 and found["apart"] <= 1e-6 * found["norm"]
+
+
+@pytest.mark.parametrize("case", ["reference", "passes", "adapter", "critic"])
+def test_with_weights_in_parts_updates_are_those_with_whole_ones(runs, case):
+    "Gradients of a batch and of a single response, the weights after three updates and what these report: equal but for the order of float32 sums."
+    found = runs.found[f"shard {case}"]
+    assert min(found["norms"]) > 1e-3 and max(found["apart"]) < 1e-5
+    assert sum(found["parts"]) == found["all"] and max(found["parts"]) < 0.52 * found["all"]
+
+
+@pytest.mark.parametrize("shard", ["False", "True"])
+def test_a_run_goes_on_from_a_checkpoint_with_the_same_bits(runs, shard):
+    assert runs.found["held"][shard]
+
+
+def test_checkpoint_and_saved_model_do_not_tell_that_weights_were_in_parts(runs):
+    (tensors, _), (other, _) = (load_checkpoint(checkpoints(runs.folder / f"held-{shard}")[-1]) for shard in (True, False))
+    assert tensors.keys() == other.keys() >= {"model", "optimizer", "lag-000002", "old-000000"}
+    for file, named in other.items():
+        assert tensors[file].keys() == named.keys()
+        for name, x in named.items(): assert tensors[file][name].shape == x.shape and (tensors[file][name] - x).norm() <= 1e-4 * x.norm(), (file, name)
+    mine, plain = (dict(load(str(runs.folder / f"saved-{shard}"))[0].named_parameters()) for shard in (True, False))
+    assert mine.keys() == plain.keys() and all((mine[name] - x).norm() < 1e-4 * x.norm() for name, x in plain.items())
+
+
+def test_weights_in_parts_need_several_processes():
+    with pytest.raises(ValueError, match="shard: expected several processes .* got one"): Trainer(TrainConfig(**SMALL, shard=True))

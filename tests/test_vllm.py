@@ -8,6 +8,8 @@ import importlib.util
 import json
 import os
 import random
+import re
+import socket
 import subprocess
 import sys
 import threading
@@ -20,15 +22,17 @@ import pytest
 pytest.importorskip("transformers")
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, OpenAIGPTConfig, Qwen3Config
 
 from offpolicy_rl.llm.adapter import with_adapter
 from offpolicy_rl.llm.config import TrainConfig
 from offpolicy_rl.llm.engine import HFEngine, response_logits, token_logps
+from offpolicy_rl.llm.fidelity import SyncCheck, fidelity, mismatch, sync_limit, verify_sync
 from offpolicy_rl.llm.model import char_tokenizer, embedded_model, encode, load
-from offpolicy_rl.llm.train import Trainer
-from offpolicy_rl.llm.vllm import (VLLMEngine, VLLMServer, call, engine_weights, fidelity, import_vllm, mismatch, start_watched, stop_watched,
-                                   verify_sync, write_model, write_weights)
+from offpolicy_rl.llm.train import Trainer, train
+from offpolicy_rl.llm.verify import Failed
+from offpolicy_rl.llm.vllm import (VLLMEngine, VLLMServer, call, engine_weights, import_vllm, start_watched, stop_watched, told, write_model,
+                                   write_weights)
 from offpolicy_rl.ratios.tis import keep_min_p, keep_top_k, keep_top_p, token_logp
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +52,28 @@ def moved(model, seed: int):
     with torch.no_grad():
         for w in model.parameters(): w.add_(0.15 * torch.randn(w.shape, generator=generator))
     return model
+
+
+def adapted(model, seed: int):
+    "The model with an adapter that is not nothing."
+    model = with_adapter(copy.deepcopy(model), 4)
+    with torch.no_grad():
+        for name, w in model.named_parameters():
+            if "lora_" in name: w.add_(0.1 * torch.randn(w.shape, generator=seeded(seed)))
+    return model
+
+
+def command(python: Path | str, *words: str) -> subprocess.CompletedProcess:
+    "A short run by the real command line."
+    few = ("--steps", "1", "--prompts-per-step", "4", "--group-size", "4", "--eval-prompts", "8", "--threads", "1")
+    return subprocess.run([str(python), "-m", "offpolicy_rl", "train", *few, *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def failed_in_one_line(done: subprocess.CompletedProcess, *told: str) -> None:
+    "Exit code 1, no traceback, and a last line that says it all."
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("offpolicy: ") and all(words in last for words in told), last
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +247,7 @@ def test_a_run_with_an_adapter_samples_with_the_sum(models, engines, tmp_path):
     config = TrainConfig(recipe="topr", task="sort", engine="vllm", lora=4, staleness=2, lr=1e-2, warmup=0, steps=5, prompts_per_step=4, group_size=4,
                          eval_prompts=8, threads=1)
     trainer, gaps = Trainer(config), []
-    assert trainer.model.get_output_embeddings().weight is trainer.model.get_input_embeddings().weight
+    assert trainer.model.get_output_embeddings().weight is trainer.model.get_input_embeddings().weight and not trainer.check.proven
     assert verify_sync(trainer.schedule.engine, trainer.model, PROMPTS, EXACT) < EXACT
     def update():
         trainer.advance()
@@ -235,6 +261,7 @@ def test_a_run_with_an_adapter_samples_with_the_sum(models, engines, tmp_path):
     version, kl = update()
     trainer.hand_over(trainer.schedule.engine, 4)
     verify_sync(trainer.schedule.engine, trainer.model, PROMPTS, EXACT)
+    assert trainer.check.proven
     trainer.close()
 
     trainer = Trainer(config)
@@ -242,6 +269,48 @@ def test_a_run_with_an_adapter_samples_with_the_sum(models, engines, tmp_path):
     assert fidelity(trainer.schedule.engine, trainer.model, PROMPTS) == pytest.approx(gaps[-1], abs=EXACT)
     assert update() == (version, pytest.approx(kl, abs=EXACT)) and version == [2]
     trainer.close()
+
+
+@in_its_environment
+def test_an_adapter_on_a_model_with_an_output_layer_of_its_own(engines, untied):
+    "Started without the adapter, the engine takes the sum like any other weights, and says so to within rounding."
+    engine = engines("untied")
+    for seed in (5, 6):
+        model = adapted(untied, seed)
+        assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight and fidelity(engine, model, PROMPTS) > 0.1
+        engine.sync(model, seed)
+        assert verify_sync(engine, model, PROMPTS, EXACT) < EXACT
+
+
+@in_its_environment
+def test_a_sync_that_does_nothing_stops_a_run(models, engines, monkeypatch):
+    "At the usual learning rate, at the first sync of other weights; the same engine, once it takes them, proves itself and is left alone."
+    engines(None)
+    trainer = Trainer(TrainConfig(recipe="topr", task="sort", engine="vllm", prompts_per_step=16, group_size=16, eval_prompts=8, threads=1))
+    engine = trainer.schedule.engine
+    trainer.advance()
+    assert trainer.check.before is None, "nothing was synced yet"
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.llm, "collective_rpc", lambda *_, **__: None)
+        with pytest.raises(Failed, match=r"given as version 1: .* nats \(limit 0.1, .*would differ by"): trainer.advance()
+    trainer.hand_over(engine, 1)
+    assert trainer.check.proven
+    monkeypatch.setattr(engine, "sample", None)
+    trainer.hand_over(engine, 2)
+    trainer.close()
+
+
+@in_its_environment
+@pytest.mark.parametrize("lost", [False, True])
+def test_an_engine_in_another_process_is_checked_there(models, tmp_path, monkeypatch, lost):
+    "Where every process that imports the engine has one whose sync does nothing, the run fails; else it ends."
+    patch = "import offpolicy_rl.llm.vllm as v; v.VLLMEngine.sync = lambda self, model, version: setattr(self, 'version', version)"
+    if lost: (tmp_path / "sitecustomize.py").write_text(patch, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = TrainConfig(recipe="topr", task="sort", engine="vllm", mode="async", steps=4, eval_prompts=8, threads=1)
+    if not lost: assert train(config)["updates"] == 4
+    else:
+        with pytest.raises(Failed, match="the engine's process: the engine does not sample with the weights .*given as version"): train(config)
 
 
 @in_its_environment
@@ -265,12 +334,29 @@ def test_follows_every_sync(kind, engines, request):
 
 
 @in_its_environment
+def test_a_sync_that_loses_the_output_layer_is_found(engine, tied, monkeypatch):
+    "The check of a run, on weights that arrive in part: those of `named_parameters`."
+    check, model, given = SyncCheck(PROMPTS, sync_limit("float32")), moved(tied, 1), engine.llm.collective_rpc
+    partly = lambda name, kwargs: given(name, kwargs=dict(weights_iterator=((n, w) for n, w in kwargs["weights_iterator"] if n != "lm_head.weight")))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.llm, "collective_rpc", partly)
+        with pytest.raises(Failed, match="does not sample with the weights that it was given as version 1"): check.sync(engine, model, 1)
+    check.sync(engine, model, 2)
+    assert check.proven
+
+
+@in_its_environment
 def test_bfloat16(engines, tied):
     "A real mismatch: measured 0.01 to 0.2 nats; a sync that fails is far outside."
     engine, model = engines("bfloat16"), moved(tied, 1)
     assert fidelity(engine, model, PROMPTS) > 1
     engine.sync(model, 1)
     assert 1e-3 < verify_sync(engine, model, PROMPTS, 0.5) < 0.5
+    check = SyncCheck(PROMPTS, sync_limit("float32", engine.dtype))
+    check.sync(engine, model, 2)
+    assert not check.proven, "weights that have not changed prove nothing"
+    check.sync(engine, moved(tied, 2), 3)
+    assert check.proven and check.limit == 0.5
 
 
 @in_its_environment
@@ -310,6 +396,18 @@ def test_page(engines, pytestconfig, monkeypatch):
 # in its own environment: the server
 
 @in_its_environment
+def test_a_model_that_vllm_refuses_ends_the_command_in_one_line(engines, tokenizer, tmp_path):
+    "A model that transformers can run and vLLM cannot."
+    config = OpenAIGPTConfig(vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    model, refused = AutoModelForCausalLM.from_config(config), "['OpenAIGPTLMHeadModel'] are not supported"
+    for part in (model, tokenizer): part.save_pretrained(tmp_path)
+    done = command(sys.executable, "--engine", "vllm-server", "--model", str(tmp_path))
+    failed_in_one_line(done, "the vLLM server could not start: it ended with exit code 1; ", "ValidationError", refused)
+    engines(None)
+    with pytest.raises(Failed, match=f"vLLM could not start: ValidationError: .*{re.escape(refused)}"): VLLMEngine(model, tokenizer)
+
+
+@in_its_environment
 def test_server(server, tied, tokenizer):
     "Sampling, live syncs, the silent failure, a second client, a killed server: in one test, because each start takes three imports of vLLM."
     assert fidelity(server, tied, PROMPTS) < EXACT and server.ends == [1, 7]
@@ -342,6 +440,17 @@ def test_server(server, tied, tokenizer):
     verify_sync(server, model, PROMPTS, EXACT)
     server.sync(tied, 4)
     verify_sync(server, tied, PROMPTS, EXACT)
+    for seed in (5, 6):
+        server.sync(summed := adapted(tied, seed), 4)
+        assert verify_sync(server, summed, PROMPTS, EXACT) < EXACT
+
+    check = SyncCheck(PROMPTS, sync_limit("float32"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server, "_call", lambda method, path, body=None: (dict(success=True) if path in ("/collective_rpc", "/reset_prefix_cache")
+                                                                        else call(server.address, method, path, body)))
+        with pytest.raises(Failed, match="given as version 6"): check.sync(server, tied, 6)
+    check.sync(server, tied, 6)
+    assert check.proven
 
     last, folder = server.process, server.folder
     last.kill()
@@ -385,25 +494,53 @@ def test_weights_are_written_whole(tied, untied, tmp_path):
 
 
 @outside
-def test_an_adapter_is_merged(tokenizer, tmp_path):
-    model = with_adapter(embedded_model(), 4)
-    with torch.no_grad():
-        for name, w in model.named_parameters():
-            if "lora_" in name: w.add_(0.1 * torch.randn(w.shape, generator=seeded(0)))
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_an_adapter_is_merged(kind, request, tokenizer, tmp_path):
+    plain = request.getfixturevalue(kind)
+    model = adapted(plain, 0)
     write_model(model, tokenizer, tmp_path)
     x = torch.arange(3, 20)[None]
     logits = load(str(tmp_path))[0](x).logits
     torch.testing.assert_close(logits, model(x).logits, rtol=0, atol=1e-5)
-    assert (logits - embedded_model()(x).logits).abs().max() > 0.1
+    assert (logits - plain(x).logits).abs().max() > 0.1
 
 
 @outside
-def test_a_server_that_cannot_start_says_why(tied, tokenizer, tmp_path):
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho no such luck\nexit 3\n", encoding="utf-8")
-    python.chmod(0o755)
-    with pytest.raises(RuntimeError, match="ended with 3[^$]*no such luck"): VLLMServer(tied, tokenizer, python=str(python), folder=tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["python"]
+@pytest.mark.parametrize("script, why", [
+    ("echo no such luck; exit 3", "it ended with exit code 3; its log ends: no such luck"), ("kill -9 $$", "it ended with SIGKILL; its log is empty"),
+    ("echo; echo 'a b.C: x'; echo 'ValueError: too  small'; echo 'RuntimeError: see above'; exit 1",
+     "it ended with exit code 1; ValueError: too small; its log ends: a b.C: x | RuntimeError: see above"), (None, "exit code 127; .*not found")])
+def test_a_server_that_cannot_start_says_why(tied, tokenizer, tmp_path, script, why):
+    python, folder = tmp_path / "python", tmp_path / "folder"
+    folder.mkdir()
+    if script is not None:
+        python.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+        python.chmod(0o755)
+    with pytest.raises(Failed, match=f"^the vLLM server could not start: .*{why.replace('|', '[|]')}$"):
+        VLLMServer(tied, tokenizer, python=str(python), folder=folder)
+    assert not list(folder.iterdir())
+
+
+@outside
+def test_the_cause_in_a_log_is_the_first_error_that_was_raised():
+    "As vLLM writes it: a warning that names an error, the cause in another process, and its consequences."
+    log = """(APIServer pid=7) WARNING 11-21 16:19:11 [utils.py:255] This can cause errors like `OSError: [Errno 24] Too many open files`.
+(EngineCore pid=8) ERROR 11-21 16:19:52 [core.py:1510]     raise ValueError(
+(EngineCore pid=8) ERROR 11-21 16:19:52 [core.py:1510] ValueError: No memory for the cache
+
+RuntimeError: Engine core initialization failed.
+UserWarning: 1 leaked object"""
+    assert told(log) == ("ValueError: No memory for the cache; its log ends: RuntimeError: Engine core initialization failed. | UserWarning: 1 leaked object")
+
+
+@pytest.mark.skipif(INSIDE, reason="vLLM is here, and would start")
+def test_a_command_whose_server_is_not_there_ends_in_one_line(models):
+    "Not installed, and nobody at the address."
+    failed_in_one_line(command(sys.executable, "--engine", "vllm-server"), "the vLLM server could not start", "exit code 1", "No module named 'vllm'")
+    with socket.socket() as taken:  # bound and not listening: nobody else can answer there
+        taken.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        failed_in_one_line(command(sys.executable, "--engine", address), f"the vLLM server at {address} does not answer", "refused")
 
 
 @outside
@@ -457,7 +594,8 @@ def test_what_an_address_answers(tied, tokenizer):
     with pytest.raises(ValueError, match="logprobs-mode processed_logprobs, got raw"): VLLMServer(tied, tokenizer, address=address)
     web.shutdown()
     web.server_close()
-    with pytest.raises(OSError): VLLMServer(tied, tokenizer, address=address)
+    with pytest.raises(Failed, match=f"server at {address} does not answer: .*refused"): VLLMServer(tied, tokenizer, address=address)
+    with pytest.raises(ValueError, match="address: expected http.*nonnumeric port"): VLLMServer(tied, tokenizer, address="http://localhost:x")
     with pytest.raises(ValueError, match="address: expected http"): VLLMServer(tied, tokenizer, address="localhost:8000")
 
 

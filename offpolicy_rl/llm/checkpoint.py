@@ -25,6 +25,7 @@ from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
 from .rollouts import Rollouts
+from .shard import like
 
 # %% ../../nbs/llm/checkpoint.ipynb #33a59ea0
 def weights(model) -> dict[str, Tensor]:
@@ -42,7 +43,7 @@ def set_weights(model, saved: dict[str, Tensor]) -> None:
     "Put saved parameters into a model. Raises ValueError where names or shapes differ."
     own = _changing(model)
     if own.keys() != saved.keys(): raise ValueError(f"checkpoint: expected parameters {sorted(own)[:3]}..., got {sorted(saved)[:3]}...")
-    for name, p in own.items(): p.copy_(saved[name])
+    for name, p in own.items(): p.copy_(like(saved[name], p))
 
 
 @contextlib.contextmanager
@@ -63,7 +64,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def set_optimizer_tensors(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> None:
     "Put saved tensors back into an optimiser made with the same settings."
     state: dict[int, dict[str, Tensor]] = {}
-    for key, x in saved.items(): state.setdefault(int(key.split("/")[0]), {})[key.split("/")[1]] = x
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for key, x in saved.items():
+        i, name = int(key.split("/")[0]), key.split("/")[1]
+        state.setdefault(i, {})[name] = like(x, params[i]) if x.shape == params[i].shape else x
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 

@@ -121,6 +121,7 @@ _PLACE = (("device", str, "cpu, cuda, cuda:1, ..."), ("dtype", str, "of the trai
           ("gradient_checkpointing", bool, "compute activations again instead of keeping them: slower, with less memory"),
           ("compile", bool, "compile forward and backward pass; pays in long runs"),
           ("lora", int, "rank of a low-rank adapter that is trained in place of the weights; 0: none"),
+          ("shard", bool, "of several processes (torchrun) each keeps a part of the weights, gradients and the optimiser's state"),
           ("save_every", int, "updates between two checkpoints; a killed run goes on from its last one"),
           ("keep_checkpoints", int, "how many of the last checkpoints stay"),
           ("keep_rollouts", int, "updates between two batches that are kept beside the record, for explore_run; 0 keeps none"),

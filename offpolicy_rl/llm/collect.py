@@ -24,6 +24,7 @@ from .buffer import ReplayBuffer
 from .checkpoint import rng_from_json, rng_to_json
 from .config import TrainConfig, beside, replayed_groups
 from .engine import Engine, HFEngine
+from .fidelity import SyncCheck, sync_limit
 from .learner import Learner
 from .old import make_old
 from .parallel import add_up, check_processes, gathered, join, place, share
@@ -44,7 +45,7 @@ class Collector(Learner):
         super().__init__(config)
         self.max_tokens = config.max_tokens or self.task.max_tokens
         self.how = dict(temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, min_p=config.min_p)
-        self.live = HFEngine(self.model, self.tokenizer, live=True)
+        self.live = HFEngine(self.whole, self.tokenizer, live=True)
         self.sampler = None if self.recipe.sampler is None else self.recipe.sampler()
         self.rng = random.Random(1000 + config.seed)
         self.generator = torch.Generator(self.model.device).manual_seed(config.seed)
@@ -54,6 +55,9 @@ class Collector(Learner):
         self.buffer = ReplayBuffer(config.replay, config.replay_age, config.replay_by, config.replay_memory, folder) if config.replay else None
         self.fresh, self.stored, self.streamed, self.timeouts = [], None, None, 0
         self.spent, self.within, self.measured = defaultdict(float), 0.0, {}
+        built_in = config.engine == "hf" or config.mode in ("periodic", "async")  # or checked where it lives, in another process
+        self.sync_check = None if built_in else SyncCheck(draw(self.task, 8, random.Random(0), "held_out"),
+                                                     sync_limit(self.model.dtype, config.engine_dtype or self.model.dtype), min(16, self.max_tokens))
         self.schedule = make_schedule(self)
 
     # what is sampled
@@ -132,8 +136,10 @@ class Collector(Learner):
         return rollouts
 
     def hand_over(self, engine: Engine, version: int) -> None:
-        "Give the policy's weights, as those of `version`, to the engine."
-        with self.clock("sync"): engine.sync(self.model, version)
+        "Give the policy's weights, as those of `version`, to the engine. Raises Failed where vLLM does not sample with them."
+        with self.clock("sync"):
+            if self.sync_check is None: engine.sync(self.model, version)
+            else: self.sync_check.sync(engine, self.model, version)
         self.old.follow(self.model, version)
 
     def stream(self, pieces: Iterable[Rollouts], by: str) -> Rollouts:

@@ -90,6 +90,7 @@ class TrainConfig:
     compile: bool = False              # of the forward and backward pass; pays in long runs
     logp_chunk: int | None = None      # tokens whose logits exist at a time; None: all
     lora: int = 0                      # rank of a low-rank adapter that is trained in place of the weights; 0: none
+    shard: bool = False                # of several processes each keeps a part of the weights, gradients and the optimiser's state
 
     def __post_init__(self):
         for name in ("steps", "prompts_per_step", "group_size", "eval_every", "eval_prompts", "window", "minibatches", "keep_checkpoints"):

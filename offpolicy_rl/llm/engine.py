@@ -20,6 +20,7 @@ from ..core import PerToken, PerVocab
 from .model import decode, encode
 from .rollouts import Rollouts, joined, pad_left, pad_right
 from .sampling import Sampling, draw_token, kept_ids, race
+from .shard import whole
 
 _all_ = ["Rollouts", "draw_token", "joined", "pad_left"]
 
@@ -118,8 +119,8 @@ class HFEngine:
     @torch.no_grad()
     def sync(self, model, version: int) -> None:
         "Take over `model`'s weights."
-        if not self.live:
-            for mine, new in zip(self.model.parameters(), model.parameters(), strict=True): mine.copy_(new)
+        if self.model is not model:
+            for mine, new in zip(self.model.parameters(), model.parameters(), strict=True): mine.copy_(whole(new))
         self.version = version
 
     @torch.no_grad()

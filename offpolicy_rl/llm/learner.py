@@ -26,6 +26,7 @@ from .model import load
 from .parallel import add_up, in_turn, join, place
 from .pieces import ignores_equals, independent
 from .rollouts import Rollouts, pad_right
+from .shard import Sharded, whole
 
 # %% ../../nbs/llm/learner.ipynb #e369b4d7
 class Learner:
@@ -36,25 +37,36 @@ class Learner:
         self.task, self.recipe = resolve(config)
         if config.threads is not None: torch.set_num_threads(config.threads)
         device = join(config.device)
-        with in_turn(): self.model, self.tokenizer = load(config.model, self.task, config.seed, device, config.dtype)
+        first_on = "cpu" if config.shard else device      # from there each process takes its part
+        with in_turn(): self.model, self.tokenizer = load(config.model, self.task, config.seed, first_on, config.dtype)
         named = self.recipe.inputs
         frozen = lambda wanted: copy.deepcopy(self.model).requires_grad_(False) if wanted else None
         self.reference = frozen("logp_ref" in named)
         self.proximal = frozen(proximal_apart(config, self.recipe) and {"logp_old", "mean_logp_old"} & set(named))
         width = self.model.get_output_embeddings().in_features
-        self.critic = Critic(width, lr=config.critic_lr, seed=config.seed).to(self.model.device) if "value" in named else None
+        self.critic = Critic(width, lr=config.critic_lr, seed=config.seed).to(device) if "value" in named else None
         if config.lora: self.model = with_adapter(self.model, config.lora, config.seed)      # the copies are of the plain model
         if config.gradient_checkpointing:    # the second name is that of transformers before 5.23
             getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)(dict(use_reentrant=False))
         self.check()
+        self.whole, self.sharded = self.model, {}       # what to sample with; and models of which this process has a part
+        if config.shard: self.share_out(device)
         self.compiled = torch.compile(self.model.forward, dynamic=True) if config.compile else None
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
         self.step = 0
 
+    def share_out(self, device: str) -> None:
+        "Leave to each process its part of every model; a whole copy of the policy stays, to sample with."
+        self.whole = copy.deepcopy(self.model).requires_grad_(False).to(device, getattr(torch, self.config.engine_dtype or self.config.dtype))
+        for model in (self.model, self.reference, self.proximal):
+            if model is not None: self.sharded[model] = Sharded(model, device)
+
     def check(self) -> None:
         "Raise ValueError where the model or the recipe cannot do what the configuration asks for."
         c, named = self.config, self.recipe.inputs
+        if c.shard and place()[1] == 1: raise ValueError("shard: expected several processes (torchrun --nproc-per-node N -m offpolicy_rl ...), got one")
+        if c.shard and c.compile: raise ValueError("compile: expected False with shard, got True")
         if c.autocast == "float16": raise ValueError("autocast: in float16 gradients vanish unless losses are scaled, which is not done; expected bfloat16")
         if c.autocast is not None and c.dtype != "float32":
             raise ValueError(f"autocast: it stands beside float32 weights, got dtype={c.dtype!r}; expected dtype='float32' or autocast=None")
@@ -78,22 +90,35 @@ class Learner:
             for layer in layers: layer.training = False
 
     def parts(self, rollouts: Rollouts, rows: Tensor | None = None) -> list[Tensor]:
-        "Numbers of the responses (of all, or of `rows`) that go through a model together, in this process; of very few, none may be left for it."
+        """Numbers of the responses (of all, or of `rows`) that go through a model together, in this process.
+
+        Of several processes each has a part, be it an empty one; where weights are in parts all have equally many."""
         r, (rank, world) = rollouts, place()
         if rows is None: rows = torch.arange(len(r), device=r.group.device)
         count = max(world, math.ceil(len(rows) / (self.config.micro_batch or len(r))))
+        if self.config.shard: count = world * math.ceil(count / world)
         if count == 1: return [rows] if len(rows) else []
         length = ((r.mask != 0) * torch.arange(1, r.mask.shape[1] + 1, device=rows.device)).amax(1)
         tokens = lambda part: len(part) * int(length[part].max()) + len(r.group[part].unique()) * r.prompt_ids.shape[1]
         orders = rows, rows[length[rows].argsort(stable=True)]
         best = min((order.tensor_split(count) for order in orders), key=lambda parts: sum(tokens(part) for part in parts if len(part)))
-        return [part for part in best[rank::world] if len(part)]
+        return list(best[rank::world])
+
+    def piece(self, rollouts: Rollouts, part: Tensor) -> Rollouts:
+        "The responses of these numbers, without what is padding in all of them; the first response for an empty part, to pass the model with."
+        if len(part) == len(rollouts): return rollouts
+        wide = 2 if self.config.shard else 1    # a response of one token is read with its prompt, a longer one in a second pass, which then all make
+        return rollouts.take(part if len(part) else part.new_zeros(1)).trimmed(wide)
 
     def outputs(self, model, rollouts: Rollouts, entropy: bool | str = False, mean: bool = False, logits: bool = False) -> dict[str, Tensor]:
         "`logp` and what else is asked for of each token; responses that are alike are read once. `entropy` has a gradient when True, none when 'detached'."
         r, like = rollouts.distinct()
-        with self.passing(): out = self.one_pass(model, r, entropy, mean, logits)
+        with self.passing(): out = self.reading(model, lambda model: self.one_pass(model, r, entropy, mean, logits))
         return out if r is rollouts else {name: x[like] for name, x in out.items()}
+
+    def reading(self, model, read: Callable):
+        "What `read` finds in a model, in parts or whole."
+        return self.sharded[model](read) if model in self.sharded else read(model)
 
     def one_pass(self, model, r: Rollouts, entropy: bool | str, mean: bool, logits: bool) -> dict[str, Tensor]:
         "The same of responses that differ, all in one pass."
@@ -111,15 +136,9 @@ class Learner:
         "What `read` finds in each part, without gradient, as columns of the whole batch; zero where a response is not among `rows`."
         found: dict[str, Tensor] = {}
         with torch.no_grad():
-            for part in self.parts(rollouts, rows): found = _put(found, read(_piece(rollouts, part)), part, rollouts)
-        if not found: found = self.nothing(rollouts, read)
+            for part in self.parts(rollouts, rows): found = _put(found, read(self.piece(rollouts, part)), part, rollouts)
         add_up(list(found.values()))
         return found
-
-    def nothing(self, rollouts: Rollouts, read: Callable[[Rollouts], dict[str, Tensor]]) -> dict[str, Tensor]:
-        "The columns of a process that has no part: zero everywhere."
-        part = rollouts.group.new_zeros(1)
-        with torch.no_grad(): return {name: torch.zeros_like(x) for name, x in _put({}, read(_piece(rollouts, part)), part, rollouts).items()}
 
     def policy(self, rollouts: Rollouts) -> dict[str, Tensor]:
         "What the recipe names of the policy, with gradient; the entropy always, for the record."
@@ -133,7 +152,8 @@ class Learner:
 
     def hidden(self, rollouts: Rollouts) -> Tensor:
         "What the critic reads."
-        with self.passing(): return self.over(rollouts, lambda part: dict(hidden=hidden_states(self.model, part)))["hidden"]
+        read = lambda part: dict(hidden=self.reading(self.model, lambda model: hidden_states(model, part)))
+        with self.passing(): return self.over(rollouts, read)["hidden"]
 
     def behaviour(self):
         "The model that sampled, where its weights are at hand."
@@ -182,7 +202,7 @@ class Learner:
         policy, loss, stats = way(rollouts, given, known, busy, parts, alone)
         for p in self.trained:
             if p.grad is None: p.grad = torch.zeros_like(p)       # nothing to learn from, which is not the same as no update
-        add_up([p.grad for p in self.trained])
+        if not self.sharded: add_up([p.grad for p in self.trained])      # in parts they have been added up on the way
         for p, grad in zip(self.trained, before):
             if grad is not None: p.grad += grad
         return loss.detach(), stats, {k: x.detach() for k, x in {**given, **policy}.items()}
@@ -191,13 +211,12 @@ class Learner:
         "Each part's gradient from the loss on the whole batch, in which zeros stand for what the policy says of the others."
         found: dict[str, Tensor] = {}
         for part in parts:
-            mine = self.policy(_piece(rollouts, part))
+            mine = self.policy(self.piece(rollouts, part))
             policy = _put(known, mine, part, rollouts)
             loss, stats = self.loss(policy, given)
             loss.backward()
             if alone: return policy, loss, stats
             found = _put(found, {name: x.detach() for name, x in mine.items()}, part, rollouts)
-        if len(busy) and not parts: found = self.nothing(rollouts, self.policy)
         add_up(list(found.values()))
         policy = {name: x.requires_grad_() for name, x in _both(known, found).items()}
         return policy, *self.loss(policy, given)
@@ -210,8 +229,8 @@ class Learner:
         loss.backward()
         taught = {name: x.grad for name, x in policy.items() if x.grad is not None}
         for part in parts:
-            again = self.policy(_piece(rollouts, part))
-            torch.autograd.backward([again[name] for name in taught], [x[part][:, :again[name].shape[1]] for name, x in taught.items()])
+            again = self.policy(self.piece(rollouts, part))
+            torch.autograd.backward([again[name][:len(part)] for name in taught], [x[part][:, :again[name].shape[1]] for name, x in taught.items()])
         return policy, loss, stats
 
     # the update
@@ -237,7 +256,7 @@ class Learner:
         self.optimizer.zero_grad()
         try: loss, stats, batch = self.backward(rollouts)
         except ValueError as error: raise ValueError(f"step {self.step}: {error}") from error
-        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.grad_clip)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.trained, self.config.grad_clip))
         for name, x in (("loss", loss), ("gradient norm", norm)):
             if not x.isfinite():
                 raise FloatingPointError(f"step {self.step}: the {name} is {x.item()}; try a learning rate below {self.config.lr:g}")
@@ -249,11 +268,6 @@ class Learner:
                      entropy=batch["entropy"].sum() / r.mask.sum().clamp(min=1), length=r.mask.sum(1).mean(),
                      age=(self.step - r.version).float().mean())
         return {name: x.item() for name, x in means.items()} | off_policyness(batch["logp"], r.logp_mu, r.mask) | scalars(stats) | taught
-
-
-def _piece(rollouts: Rollouts, part: Tensor) -> Rollouts:
-    "The responses of these numbers, without what is padding in all of them."
-    return rollouts if len(part) == len(rollouts) else rollouts.take(part).trimmed()
 
 
 def _wide(x: Tensor, rollouts: Rollouts) -> Tensor:
@@ -271,6 +285,6 @@ def _put(said: dict[str, Tensor], new: dict[str, Tensor], part: Tensor, rollouts
     if len(part) == len(rollouts): return new
     b, out = len(rollouts), {}
     for name, x in new.items():
-        x = _wide(x, rollouts)
+        x = _wide(x[:len(part)], rollouts)
         out[name] = said.get(name, x.new_zeros(b, *x.shape[1:])).index_copy(0, part, x)
     return out

@@ -139,7 +139,7 @@ def chunked_logp(hidden: PerVocab, head_weight: Tensor, tokens: TokenIds, *, bia
     if chunk is None: chunk = max(1, CHUNK_BYTES // (len(head_weight) * dtype.itemsize))
     out = _RowLogps.apply(hidden.flatten(0, 1)[rows], head_weight, bias, tokens.flatten()[rows], None if kept is None else kept.flatten(0, 1), rows,
                           dtype, temperature, chunk, entropy, mean)
-    return {name: x.new_zeros(real.numel()).index_copy(0, rows, x).view(real.shape)
+    return {name: x.new_zeros(real.shape).index_put(real.nonzero(as_tuple=True), x)      # not a view, which FSDP warns of
             for name, x in zip(("logp", "entropy", "mean_logp"), out) if x is not None}
 
 # %% ../../nbs/llm/logp.ipynb #09f8ef26

@@ -64,9 +64,9 @@ class Rollouts:
         if len(differ) == len(self): return self, torch.arange(len(self), device=like.device)
         return self.take(like.new_zeros(len(differ)).scatter(0, like, torch.arange(len(self), device=like.device))), like
 
-    def trimmed(self) -> "Rollouts":
-        "The same without columns of padding alone, on the right of the responses and on the left of the prompts."
-        t = int(((self.mask != 0).any(0) * torch.arange(1, self.mask.shape[1] + 1, device=self.mask.device)).max().clamp(min=1))
+    def trimmed(self, least: int = 1) -> "Rollouts":
+        "The same without columns of padding alone, on the right of the responses (`least` columns stay there) and on the left of the prompts."
+        t = int(((self.mask != 0).any(0) * torch.arange(1, self.mask.shape[1] + 1, device=self.mask.device)).max().clamp(min=least))
         p = int(self.prompt_mask.sum(1).max())
         short = {name: x[:, :t] for name in SHAPED if (x := getattr(self, name)) is not None}
         return replace(self, prompt_ids=self.prompt_ids[:, -p:], prompt_mask=self.prompt_mask[:, -p:], **short)

@@ -214,8 +214,8 @@ def make_schedule(trainer) -> Schedule:
         if c.mode == "async": return Async(engine, c.staleness, c.partial)
         size = math.ceil(c.prompts_per_step / PIECES) if c.micro_batch is None else max(1, c.micro_batch // c.group_size)
         return Periodic(engine, streams(trainer.recipe), size)
-    on_policy = c.mode == "sync" and c.staleness == 1 and c.engine_dtype is None
-    engine = trainer.live if on_policy and c.engine == "hf" else make_engine(c.engine, trainer.model, trainer.tokenizer, c.engine_dtype)
+    on_policy = c.mode == "sync" and c.staleness == 1 and (c.engine_dtype is None or c.shard)
+    engine = trainer.live if on_policy and c.engine == "hf" else make_engine(c.engine, trainer.whole, trainer.tokenizer, c.engine_dtype)
     return Lag(engine, c.staleness) if c.mode == "lag" else Stale(engine, trainer.model, c.staleness)
 
 

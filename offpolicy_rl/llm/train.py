@@ -30,6 +30,7 @@ from .parallel import everywhere, first, gathered, join, meet, place, share
 from .record import (add_step, json_lines, new_record, read_record, rollout_lines, rounded, thinned, write_atomically,
                                      write_record)
 from .rollouts import Rollouts, joined
+from .shard import in_first
 from .tasks import draw
 from .tool import respond
 from .trackers import Tracker, evaluation_row, trackers
@@ -85,6 +86,7 @@ class Trainer(Collector):
 
     def evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         "Success of the policy on the held-out prompts, sampled and greedy, and its sampled answers to the first eight."
+        if self.config.shard: self.live.sync(self.model, self.step)
         entry, shown = dict(step=self.step), []
         for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
             generator = torch.Generator(self.model.device).manual_seed(place()[0])
@@ -104,17 +106,19 @@ class Trainer(Collector):
         self.record["samples"] = [dict(s, after={k: a[k] for k in ("sampled", "greedy")}) for s, a in zip(shown, answers)]
 
     def save(self, folder: Path) -> None:
-        "Write a checkpoint."
+        "Write a checkpoint. One process does; where weights are in parts, all bring theirs."
+        if not (first() or self.config.shard): return
         tensors, state, links = self.collected()
         tensors |= dict(model=weights(self.model), optimizer=optimizer_tensors(self.optimizer))
         for name in ("reference", "critic"):
             if getattr(self, name) is not None: tensors[name] = weights(getattr(self, name))
         if self.critic is not None: tensors["critic_optimizer"] = optimizer_tensors(self.critic.optimizer)
-        save_checkpoint(folder, self.step, tensors, dict(state, record=self.record), self.config.keep_checkpoints, links)
+        tensors = {name: in_first(named) for name, named in tensors.items()}
+        if first(): save_checkpoint(folder, self.step, tensors, dict(state, record=self.record), self.config.keep_checkpoints, links)
 
     def restore(self, path: Path) -> None:
         "Go on from a checkpoint. Raises ValueError where it belongs to another configuration."
-        tensors, state = load_checkpoint(path, str(self.model.device))
+        tensors, state = load_checkpoint(path, "cpu" if self.config.shard else str(self.model.device))
         same_config(self.record["config"], state["record"]["config"], path)
         if "schedule" not in state: raise ValueError(f"{path} was written by an older version of this package: start afresh")
         set_weights(self.model, tensors["model"])
@@ -136,10 +140,13 @@ def finished(config: TrainConfig) -> dict[str, Any] | None:
 
 
 def save_pretrained(trainer: Trainer, folder: Path) -> None:
-    "Write the trained model in Hugging Face format, all or nothing."
+    "Write the trained model in Hugging Face format, all or nothing. One process does; where weights are in parts, all bring theirs."
+    shard, lora = trainer.config.shard, trainer.config.lora
+    named = in_first(merged_weights(trainer.model, tied=not shard)) if shard or lora else None
+    if not first(): return
     making = Path(tempfile.mkdtemp(prefix=f".making-{folder.name}-", dir=folder.parent))
     try:
-        trainer.model.save_pretrained(making, **(dict(state_dict=merged_weights(trainer.model, tied=True)) if trainer.config.lora else {}))
+        trainer.model.save_pretrained(making, state_dict=named)
         trainer.tokenizer.save_pretrained(making)
         if folder.exists(): shutil.rmtree(folder)
         making.rename(folder)
@@ -177,10 +184,10 @@ def _run(trainer: Trainer, progress: Callable[[int, dict[str, float]], None] | N
     while trainer.step < config.steps:
         row = trainer.advance()
         tracked.log(trainer.step, row | evaluation_row(trainer.record, trainer.step))
-        if config.out is not None and first() and trainer.step < config.steps: _keep(trainer)
+        if config.out is not None and trainer.step < config.steps: _keep(trainer)
         if progress is not None: progress(trainer.step, row)
+    if config.out is not None and config.save_model: save_pretrained(trainer, beside(config, "model"))
     if config.out is not None and first():
-        if config.save_model: save_pretrained(trainer, beside(config, "model"))
         write_record(record_path(config), thinned(trainer.record, config.window))
         for path in (checkpoint_folder(config), beside(config, "replay")): shutil.rmtree(path, ignore_errors=True)
     meet()
@@ -201,7 +208,7 @@ def _keep(trainer: Trainer) -> None:
     "A checkpoint and the record so far, each when its time has come."
     config, step = trainer.config, trainer.step
     if config.save_every and step % config.save_every == 0: trainer.save(checkpoint_folder(config))
-    if step % config.eval_every == 0: write_record(record_path(config), trainer.record)
+    if step % config.eval_every == 0 and first(): write_record(record_path(config), trainer.record)
 
 
 def _writable(folder: Path) -> None:

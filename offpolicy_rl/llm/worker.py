@@ -29,6 +29,7 @@ from safetensors import safe_open
 from .adapter import merged_weights
 from .checkpoint import pack, rollouts_from, rollouts_parts, set_weights, unpack, write_tensors
 from .engine import Engine, HFEngine
+from .fidelity import SyncCheck, sync_limit
 from .model import load
 from .rollouts import Rollouts
 from .tasks import task as find_task
@@ -87,7 +88,7 @@ class _Host:
     def __init__(self, pipe: Connection, spec: dict[str, Any]):
         self.pipe, self.spec, self.folder = pipe, spec, Path(spec["folder"])
         self.task = None if spec["task"] is None else find_task(spec["task"])
-        self.requests, self.newest, self.edition = queue.SimpleQueue(), 0, -1
+        self.requests, self.newest, self.edition, self.check = queue.SimpleQueue(), 0, -1, None
         threading.Thread(target=self.listen, daemon=True).start()
         if spec["threads"] is not None: torch.set_num_threads(spec["threads"])
         own = spec["engine"] == "hf"  # the engine's weights are the model's; else the model only carries them to the engine
@@ -113,7 +114,8 @@ class _Host:
         if self.newest <= self.edition: return
         named, facts = published(self.folder)
         set_weights(self.model, named)
-        self.engine.sync(self.model, facts["version"])
+        if self.check is None: self.engine.sync(self.model, facts["version"])
+        else: self.check.sync(self.engine, self.model, facts["version"])
         self.edition = facts["edition"]
 
     def answer(self, request: dict[str, Any]) -> bytes:
@@ -121,6 +123,9 @@ class _Host:
         number, start = request.pop("number"), time.perf_counter()
         between = dict(between=self.renew) if request.pop("partial") else {}
         try:
+            if self.check is None and self.spec["engine"] != "hf":
+                limit = sync_limit(self.model.dtype, self.spec["dtype"] or self.model.dtype)
+                self.check = SyncCheck(request["prompts"][:8], limit, min(16, request["max_tokens"]))
             self.renew()
             generator = torch.Generator(self.model.device).manual_seed(request.pop("seed"))
             tensors, facts = rollouts_parts(respond(self.engine, self.task, **request, generator=generator, **between))
