@@ -247,7 +247,7 @@ def test_a_run_with_an_adapter_samples_with_the_sum(models, engines, tmp_path):
     config = TrainConfig(recipe="topr", task="sort", engine="vllm", lora=4, staleness=2, lr=1e-2, warmup=0, steps=5, prompts_per_step=4, group_size=4,
                          eval_prompts=8, threads=1)
     trainer, gaps = Trainer(config), []
-    assert trainer.model.get_output_embeddings().weight is trainer.model.get_input_embeddings().weight and not trainer.check.proven
+    assert trainer.model.get_output_embeddings().weight is trainer.model.get_input_embeddings().weight and not trainer.sync_check.proven
     assert verify_sync(trainer.schedule.engine, trainer.model, PROMPTS, EXACT) < EXACT
     def update():
         trainer.advance()
@@ -261,7 +261,7 @@ def test_a_run_with_an_adapter_samples_with_the_sum(models, engines, tmp_path):
     version, kl = update()
     trainer.hand_over(trainer.schedule.engine, 4)
     verify_sync(trainer.schedule.engine, trainer.model, PROMPTS, EXACT)
-    assert trainer.check.proven
+    assert trainer.sync_check.proven
     trainer.close()
 
     trainer = Trainer(config)
@@ -289,12 +289,12 @@ def test_a_sync_that_does_nothing_stops_a_run(models, engines, monkeypatch):
     trainer = Trainer(TrainConfig(recipe="topr", task="sort", engine="vllm", prompts_per_step=16, group_size=16, eval_prompts=8, threads=1))
     engine = trainer.schedule.engine
     trainer.advance()
-    assert trainer.check.before is None, "nothing was synced yet"
+    assert trainer.sync_check.before is None, "nothing was synced yet"
     with monkeypatch.context() as patch:
         patch.setattr(engine.llm, "collective_rpc", lambda *_, **__: None)
         with pytest.raises(Failed, match=r"given as version 1: .* nats \(limit 0.1, .*would differ by"): trainer.advance()
     trainer.hand_over(engine, 1)
-    assert trainer.check.proven
+    assert trainer.sync_check.proven
     monkeypatch.setattr(engine, "sample", None)
     trainer.hand_over(engine, 2)
     trainer.close()
