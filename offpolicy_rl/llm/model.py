@@ -27,6 +27,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
 from transformers.utils import logging as hf_logging
 
+from .checkpoint import (checkpoints, load_checkpoint, optimizer_tensors, rng_from_json, rng_to_json, save_checkpoint,
+                                         set_optimizer_tensors, set_weights, weights)
 from .tasks import TURN, Task, draw, task as find_task
 
 # %% ../../nbs/llm/model.ipynb #c1a2f55c
@@ -123,11 +125,19 @@ def warm_steps(task: Task) -> int:
 
 
 def imitate(model, tokenizer, tasks: Sequence[Task], seed: int = 0, *, steps: int, batch: int, lr: float, warmup: int, betas: tuple[float, float],
-            grad_clip: float, autocast: str | None = None, enough: Callable[[int], bool] = lambda step: False) -> float:
-    "Train `model` in place on demonstrations of the tasks, in turn, until `enough(steps done)`; returns the last loss in nats a token."
-    rng = random.Random(seed)
+            grad_clip: float, autocast: str | None = None, enough: Callable[[int], bool] = lambda step: False, kept: Path | None = None,
+            keep_every: int = 100) -> float:
+    """Train `model` in place on demonstrations of the tasks, in turn, until `enough(steps done)`; returns the last loss in nats a token.
+
+    kept: a folder for a checkpoint every `keep_every` steps. What was stopped goes on from there, and ends with the same weights."""
+    rng, start = random.Random(seed), 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=betas, weight_decay=0.0)
-    for step in range(steps):
+    if kept is not None and (saved := checkpoints(kept)):
+        tensors, state = load_checkpoint(saved[-1], str(model.device))
+        set_weights(model, tensors["model"])
+        set_optimizer_tensors(optimizer, tensors["optimizer"])
+        rng, start = rng_from_json(state["rng"]), state["step"]
+    for step in range(start, steps):
         ids, labels = (x.to(model.device) for x in demonstrations(tasks[step % len(tasks)], tokenizer, batch, rng))
         for group in optimizer.param_groups: group["lr"] = lr * min(1, (step + 1) / warmup)
         with cast_to(model.device, autocast): logits = model(ids[:, :-1], use_cache=False).logits
@@ -137,6 +147,8 @@ def imitate(model, tokenizer, tasks: Sequence[Task], seed: int = 0, *, steps: in
         torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
         optimizer.step()
         if enough(step + 1): break
+        if kept is not None and (step + 1) % keep_every == 0 and step + 1 < steps:
+            save_checkpoint(kept, step + 1, dict(model=weights(model), optimizer=optimizer_tensors(optimizer)), dict(rng=rng_to_json(rng)))
     return loss.item()
 
 

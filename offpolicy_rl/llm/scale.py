@@ -12,6 +12,7 @@ import hashlib
 import json
 import random
 import re
+import shutil
 import statistics
 import time
 from collections.abc import Sequence
@@ -66,7 +67,7 @@ def success(model, tokenizer, task: Task, prompts: Sequence[str], seed: int = 0)
 
 def started_key(size: str, tasks: Sequence[Task], target: float, autocast: str | None, seed: int) -> str:
     "A hash of all that determines a warm-started model of this size, but for the device."
-    facts = dict(format=1, **asdict(size_of(size)), tasks=[warm_start_key(t, seed) for t in tasks], target=target, autocast=autocast)
+    facts = dict(format=2, **asdict(size_of(size)), tasks=[warm_start_key(t, seed) for t in tasks], target=target, autocast=autocast)
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
@@ -77,21 +78,25 @@ def started_path(folder: Path | str, size: str, tasks: Sequence[Task], target: f
     if not tasks: raise ValueError("tasks: expected at least one, got none")
     final = Path(folder) / f"{size}-{seed}-{started_key(size, tasks, target, autocast, seed)}"
     if not make: return final
+    kept = final.with_name(f"{final.name}.checkpoints")
 
     def made():
         alphabet, chosen = "".join(sorted(set().union(*map(alphabet_of, tasks)))), size_of(size)
         model, tokenizer = embedded_model(seed, alphabet, chosen.architecture).to(device), char_tokenizer(alphabet)
         told = _Told(dict(size=size, tasks=[t.name for t in tasks], target=target, parameters=sum(p.numel() for p in model.parameters())))
-        rng = random.Random(10_000 + seed)
 
         def enough(step: int) -> bool:
             if step % chosen.check and step < chosen.warm["steps"]: return False
+            rng = random.Random(f"{seed}/{step}")      # of its own: a warm start that was stopped looks at the same prompts when it goes on
             with cast_to(model.device, autocast): now = [success(model, tokenizer, t, draw(t, 128, rng), step) for t in tasks]
             told.facts |= dict(steps=step, success=rounded(now), device=device, machine=machine())
             return statistics.fmean(now) >= target
-        with threads(1): told.facts["loss"] = rounded(imitate(model, tokenizer, tasks, seed, **chosen.warm, autocast=autocast, enough=enough))
+        how = dict(chosen.warm, autocast=autocast, enough=enough, kept=kept, keep_every=10 * chosen.check)
+        with threads(1): told.facts["loss"] = rounded(imitate(model, tokenizer, tasks, seed, **how))
         return model, tokenizer, told
-    return kept_model(final, made)
+    kept_model(final, made)
+    shutil.rmtree(kept, ignore_errors=True)
+    return final
 
 
 @dataclass
