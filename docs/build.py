@@ -22,6 +22,7 @@ from pathlib import Path
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT))  # the package of this project, whichever is installed
+sys.modules["rfc3987_syntax"] = None  # jsonschema does without it, and importing it takes a third of a small build: it compiles 38 grammars
 
 from convert import convert
 from fastcore.nbio import mk_cell, nb2str, read_nb

@@ -5,17 +5,18 @@ import math
 import os
 import random
 import socket
-import subprocess
-import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 pytest.importorskip("transformers")
 import torch
+from forks import ended, fork
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from offpolicy_rl.core import Advantage, PerToken, TokenMask, method
+from offpolicy_rl.llm import parallel
 from offpolicy_rl.llm.adapter import merged_weights, with_adapter
 from offpolicy_rl.llm.config import TrainConfig
 from offpolicy_rl.llm.engine import HFEngine, token_entropy, token_logps
@@ -401,47 +402,34 @@ def test_only_the_adapter_is_trained_and_engines_get_the_sum():
     assert torch.equal(at_first[0], at_first[1]) and not torch.equal(at_first[0], at_first[2])
 
 
-SHARED = """
-import json, sys, random, torch
-from offpolicy_rl.llm.config import TrainConfig
-from offpolicy_rl.llm.engine import HFEngine
-from offpolicy_rl.llm.learner import Learner
-from offpolicy_rl.llm.parallel import gathered, join, place
-from offpolicy_rl.llm.tasks import draw
-join("cpu")
-rank, world = place()
-out = []
-for name, micro_batch in (("ppo", None), ("ppo", 5), ("self_normalised_is", None), ("grpo_k2", 7)):
-    learner = Learner(TrainConfig(recipe=name, task="sort", micro_batch=micro_batch))
-    prompts = draw(learner.task, 6, random.Random(0))
-    rollouts = [HFEngine(learner.model, learner.tokenizer).sample(prompts[i::2], 8, 14, 1.3, torch.Generator().manual_seed(i)) for i in range(2)]
-    if world == 2: rollouts = gathered(rollouts[rank])
-    else:
-        from offpolicy_rl.llm.rollouts import joined
-        rollouts = joined(rollouts)
-    rollouts.reward = torch.tensor([learner.task.verify(rollouts.prompts[g], text) for g, text in zip(rollouts.group.tolist(), rollouts.texts)])
-    with torch.no_grad():
-        for p in learner.model.parameters(): p.mul_(1 + 0.05 * torch.rand(p.shape, generator=torch.Generator().manual_seed(1)))
-    read = []
-    hook = learner.model.register_forward_pre_hook(lambda _, args: read.append(args[0].numel()))
-    row = learner.update(rollouts)
-    hook.remove()
-    out.append(dict(name=name, read=sum(read), norm=row["gradient_norm"], loss=row["loss"], kl=row["kl"],
-                    grad=torch.cat([p.grad.flatten() for p in learner.trained])[::37].tolist()))
-json.dump(out, open(sys.argv[1] + str(rank), "w"))
-"""
+def updates(rank: int, world: int, port: int, path) -> None:
+    "What one process of `world` has of an update, in several recipes."
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(world), RANK=str(rank))
+    parallel.join("cpu")
+    assert parallel.place() == (rank, world)
+    out = []
+    for name, micro_batch in (("ppo", None), ("ppo", 5), ("self_normalised_is", None), ("grpo_k2", 7)):
+        learner = Learner(TrainConfig(recipe=name, task="sort", micro_batch=micro_batch))
+        prompts = draw(learner.task, 6, random.Random(0))
+        parts = [HFEngine(learner.model, learner.tokenizer).sample(prompts[i::2], 8, 14, 1.3, seeded(i)) for i in range(2)]
+        r = rewarded(learner, parallel.gathered(parts[rank]) if world == 2 else joined(parts))
+        with torch.no_grad():
+            for p in learner.model.parameters(): p.mul_(1 + 0.05 * torch.rand(p.shape, generator=seeded(1)))
+        row = {}
+        read = read_by(learner.model, lambda learner=learner, r=r, row=row: row.update(learner.update(r)))
+        out.append(dict(name=name, read=read, norm=row["gradient_norm"], loss=row["loss"], kl=row["kl"],
+                        grad=torch.cat([p.grad.flatten() for p in learner.trained])[::37].tolist()))
+    path.write_text(json.dumps(out))
 
 
-def test_two_processes_find_the_gradient_of_one(tmp_path, monkeypatch):
+def test_two_processes_find_the_gradient_of_one(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    many = [subprocess.Popen([sys.executable, "-c", SHARED, str(tmp_path / "of2-")], env={**env, "RANK": str(i)}) for i in range(2)]
-    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "of1-")])
-    exec(SHARED, {})
-    assert [p.wait(timeout=200) for p in many] == [0, 0]
-    one, a, b = (json.loads((tmp_path / name).read_text()) for name in ("of1-0", "of2-0", "of2-1"))
+    places = [(0, 1), (0, 2), (1, 2)]
+    copies = [fork(partial(updates, rank, world, port, tmp_path / f"{rank}of{world}")) for rank, world in places]
+    assert [ended(copy) for copy in copies] == [0, 0, 0]
+    one, a, b = (json.loads((tmp_path / f"{rank}of{world}").read_text()) for rank, world in places)
     for alone, *shares in zip(one, a, b):
         expected = torch.tensor(alone["grad"])
         for share in shares:

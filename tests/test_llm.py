@@ -8,8 +8,6 @@ import random
 import re
 import signal
 import statistics
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 
@@ -17,6 +15,7 @@ import pytest
 
 pytest.importorskip("transformers")
 import torch
+from forks import ended, fork
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,7 +25,7 @@ from offpolicy_rl.llm import record as llm_record
 from offpolicy_rl.llm.config import TrainConfig, resolve
 from offpolicy_rl.llm.engine import HFEngine, draw_token, joined, token_entropy, token_logps
 from offpolicy_rl.llm.metrics import off_policyness
-from offpolicy_rl.llm.model import encode, load
+from offpolicy_rl.llm.model import embedded_path, encode, load
 from offpolicy_rl.llm.record import add_step, new_record, read_record, read_records, thinned, write_record
 from offpolicy_rl.llm.report import page, step_curve
 from offpolicy_rl.llm.tasks import Countdown, Sort, draw, expression_value, held_out, register, solutions, task, tasks
@@ -184,13 +183,14 @@ def test_training_does_not_move_the_engine_until_sync(sampled):
 
 # models
 
-def test_warm_starts_raced_by_two_processes_are_one(tmp_path):
-    program = "import offpolicy_rl.llm.model as m; m.WARM_START['steps'] = 3; print(m.embedded_path(m.find_task('sort'), 5))"
-    env = {**os.environ, "OFFPOLICY_RL_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    racers = [subprocess.Popen([sys.executable, "-c", program], env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    paths = {racer.communicate(timeout=120)[0] for racer in racers}
-    assert [racer.returncode for racer in racers] == [0, 0] and len(paths) == 1
-    assert len(os.listdir(tmp_path)) == 1 and load(paths.pop().strip())[0].config.hidden_size == 64
+def test_warm_starts_raced_by_two_processes_are_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("OFFPOLICY_RL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(llm_model.WARM_START, "steps", 3)
+    def race(name): (tmp_path / name).write_text(str(embedded_path(Sort(), 5)))
+    racers = [fork(partial(race, name)) for name in "ab"]
+    assert [ended(racer) for racer in racers] == [0, 0]
+    paths = {(tmp_path / name).read_text() for name in "ab"}
+    assert len(paths) == len(os.listdir(tmp_path / "cache")) == 1 and load(paths.pop())[0].config.hidden_size == 64
 
 
 def test_the_cache_key_holds_what_decides_the_model(monkeypatch):
@@ -404,24 +404,14 @@ def test_a_loss_that_is_no_number_stops_the_run_with_its_step():
 
 # checkpoints
 
-KILLED_RUN = """
-import os, signal, sys, torch
-from offpolicy_rl.llm.config import TrainConfig
-from offpolicy_rl.llm.train import train
-config = TrainConfig(recipe="topr", staleness=3, steps=12, prompts_per_step=4, group_size=8, eval_prompts=16, eval_every=5, threads=1,
-                     save_every=4, save_model=True, out=sys.argv[1])
-kill_at = int(sys.argv[2])
-def progress(step, row):
-    if step == kill_at: os.kill(os.getpid(), signal.SIGKILL)
-train(config, progress)
-"""
-
-
 def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path):
-    def run(folder, kill_at):
-        return subprocess.run([sys.executable, "-c", KILLED_RUN, str(tmp_path / folder), str(kill_at)], capture_output=True, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
-    assert run("killed", 7).returncode == -signal.SIGKILL
+    def run(folder, kill_at=None):
+        def progress(step, row):
+            if step == kill_at: os.kill(os.getpid(), signal.SIGKILL)
+        config = TrainConfig(recipe="topr", staleness=3, steps=12, prompts_per_step=4, group_size=8, eval_prompts=16, eval_every=5, threads=1,
+                             save_every=4, save_model=True, out=str(tmp_path / folder))
+        return ended(fork(partial(train, config, progress)))
+    assert run("killed", 7) == -signal.SIGKILL
     name = "sort-topr-k3-s0"
     # step 4 is the second of three on one snapshot: the behaviour policy is older than the policy
     assert sorted(os.listdir(tmp_path / "killed")) == [f"{name}.checkpoints", f"{name}.json"]
@@ -429,8 +419,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path):
     so_far = read_record(tmp_path / "killed" / f"{name}.json")      # written at the evaluation after step 5
     assert so_far["updates"] == 5 and [e["step"] for e in so_far["evaluations"]] == [0, 5]
     for folder in ("killed", "whole"):
-        done = run(folder, -1)
-        assert done.returncode == 0, done.stderr
+        assert run(folder) == 0
         assert sorted(os.listdir(tmp_path / folder)) == [f"{name}.json", f"{name}.model"]
     weights = [(tmp_path / folder / f"{name}.model" / "model.safetensors").read_bytes() for folder in ("killed", "whole")]
     assert weights[0] == weights[1]

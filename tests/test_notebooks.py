@@ -26,7 +26,7 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path
 
 
 @each_notebook
-def test_runs(path, monkeypatch):
+def test_runs(path, models, monkeypatch):
     monkeypatch.setenv("PLOTLY_RENDERER", "plotly_mimetype")
     passed, _ = run_notebook(path, skip_flags=get_config(ROOT).tst_flags.split(), basepath=ROOT)
     assert passed, "a cell failed: its traceback stands under 'Captured stderr'"

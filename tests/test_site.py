@@ -106,19 +106,6 @@ def test_every_page_works_on_a_phone(visit, addresses, pages):
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("scheme", ["http", "file"])
-def test_every_kind_of_page_works_offline(visit, addresses, scheme):
-    page, drawn, formulas = visit(addresses[scheme]), 0, 0
-    for name in ONE_OF_EACH_KIND:
-        page.goto(f"{addresses[scheme]}/{name}.html")
-        page.wait_for_function(READY, timeout=WAIT)
-        drawn += page.locator(".orl-figure .main-svg").count()
-        formulas += page.locator("mjx-container").count()
-        assert (name, page.complaints, page.outside) == (name, [], [])
-    assert drawn > 0 and formulas > 0
-
-
-@pytest.mark.browser
 def test_figures_follow_the_theme(visit, addresses, site, pages):
     name = next(name for name in pages if 'class="orl-figure"' in (site / name).read_text(encoding="utf-8"))
     page = visit(addresses["http"], color_scheme="light")
@@ -219,14 +206,17 @@ CONTRAST = """() => {
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_text_stands_out(visit, addresses, theme):
-    "Contrast of at least 4.5 to 1 (WCAG AA) for every text of every kind of page, outside of code and figures."
-    page = visit(addresses["file"], color_scheme=theme)
+@pytest.mark.parametrize("scheme, theme", [("http", "dark"), ("file", "light")])
+def test_every_kind_of_page_works_offline_and_its_text_stands_out(visit, addresses, scheme, theme):
+    "A contrast of at least 4.5 to 1 (WCAG AA) for every text outside of code and figures."
+    page, drawn, formulas = visit(addresses[scheme], color_scheme=theme), 0, 0
     for name in ONE_OF_EACH_KIND:
-        page.goto(f"{addresses['file']}/{name}.html")
+        page.goto(f"{addresses[scheme]}/{name}.html")
         page.wait_for_function(READY, timeout=WAIT)
-        assert (name, page.evaluate(CONTRAST)) == (name, [])
+        drawn += page.locator(".orl-figure .main-svg").count()
+        formulas += page.locator("mjx-container").count()
+        assert (name, page.complaints, page.outside, page.evaluate(CONTRAST)) == (name, [], [], [])
+    assert drawn > 0 and formulas > 0
 
 
 def text_of(page: str) -> str:
@@ -294,14 +284,6 @@ def small_project(tmp_path):
     return make
 
 
-def test_good_link_leads_to_the_definition(small_project, tmp_path):
-    done = small_project("toys/other.ipynb#double")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert 'href="toys/other.html#double"' in (tmp_path / "html" / "index.html").read_text(encoding="utf-8")
-    page = (tmp_path / "html" / "toys" / "other.html").read_text(encoding="utf-8")
-    assert page.index('id="double"') < page.index('id="half"'), "each definition stands under its own heading, in the notebook's order"
-
-
 @pytest.mark.parametrize("link", ["toys/other.ipynb#nosuch", "toys/nosuch.ipynb"])
 def test_broken_link_fails_the_build(small_project, link):
     done = small_project(link)
@@ -313,7 +295,11 @@ def test_next_build_knows_what_has_changed(small_project, tmp_path):
     again = lambda: build(tmp_path / "docs" / "build.py", tmp_path / "html")
     toys, rendered = tmp_path / "nbs" / "toys", tmp_path / "docs" / "_tree" / "html"
     page = tmp_path / "html" / "toys" / "other.html"
-    assert small_project("toys/other.ipynb#double").returncode == 0
+    done = small_project("toys/other.ipynb#double")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert 'href="toys/other.html#double"' in (tmp_path / "html" / "index.html").read_text(encoding="utf-8"), "a good link leads to the definition"
+    first = page.read_text(encoding="utf-8")
+    assert first.index('id="double"') < first.index('id="half"'), "each definition stands under its own heading, in the notebook's order"
     whole = (toys / "other.ipynb").read_text(encoding="utf-8")
     (toys / "other.ipynb").write_text(whole.replace("def double", "def twice"), encoding="utf-8")
     for _ in range(2):

@@ -282,7 +282,7 @@ def test_a_recorded_run_can_be_shown(tmp_path):
     assert [e.value for e in events.Scalars("reward")] == pytest.approx(record["steps"]["reward"], rel=2.0**-23)
 
 
-def test_a_run_is_tracked_as_it_goes_and_a_resumed_one_is_one_run(tmp_path):
+def test_a_run_is_tracked_as_it_goes_and_a_resumed_one_is_one_run(models, tmp_path):
     from offpolicy_rl.llm.config import TrainConfig, record_path
     from offpolicy_rl.llm.train import train
     config = TrainConfig(task="sort", prompts_per_step=2, group_size=4, steps=6, eval_every=3, eval_prompts=4, save_every=2, out=str(tmp_path),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .exact import draws_of, objective_of
+from .exact import asked_of, draws_of, objective_of
 from ..recipes import Recipe
 from ..toys.toy import Toy
 
@@ -50,23 +50,25 @@ def _pick(toy: Toy, ladders: Tensor, uniform: Tensor) -> Tensor:
 # the outcomes' rows, and what was known of them when they were sampled: log mu, the mean log mu over the vocabulary, V of mu, the prompt's mean reward, age
 Samples = dict[str, Tensor]
 
-def _assemble(toy: Toy, theta: Tensor, samples: Samples, group: Tensor, old: Tensor | None = None) -> dict[str, Tensor]:
-    "A batch of the vocabulary from samples, for the policy theta; `old` is the table of a proximal policy apart from the behaviour."
+def _assemble(toy: Toy, theta: Tensor, samples: Samples, group: Tensor, old: Tensor | None, asked: set[str]) -> dict[str, Tensor]:
+    "A batch of what is asked for, from samples, for the policy theta; `old` is the table of a proximal policy apart from the behaviour."
     rows, table = samples["row"], toy.table(theta)
-    node, mask = toy.node[rows], toy.mask[rows]
-    chosen = lambda table: table[node, toy.token[rows]] * mask
-    given = {k: samples[k] for k in ("logp_mu", "value", "age")}
-    known = dict(logp_old=samples["logp_mu"], mean_logp_old=samples["mean_logp"])
-    if old is not None: known = dict(logp_old=chosen(old), mean_logp_old=old.mean(-1)[node] * mask)
-    frozen = table.detach()
-    return dict(logp=chosen(table), logp_ref=chosen(toy.ref), mask=mask, reward=toy.reward[rows], reward_t=toy.reward_t[rows], turn=toy.turn[rows],
-                adv=toy.reward[rows] - samples["baseline"], group=group, expert=torch.zeros_like(group, dtype=torch.bool),
-                mean_logp=frozen.mean(-1)[node] * mask, entropy=-(frozen.exp() * frozen).sum(-1)[node] * mask, **given, **known)
+    node, mask, frozen = toy.node[rows], toy.mask[rows], table.detach()
+    chosen, mean = (lambda table: table[node, toy.token[rows]] * mask), (lambda table: table.mean(-1)[node] * mask)
+    make = dict(
+        logp=lambda: chosen(table), logp_ref=lambda: chosen(toy.ref), logp_old=lambda: samples["logp_mu"] if old is None else chosen(old),
+        mask=lambda: mask, reward=lambda: toy.reward[rows], reward_t=lambda: toy.reward_t[rows], turn=lambda: toy.turn[rows], group=lambda: group,
+        adv=lambda: toy.reward[rows] - samples["baseline"], expert=lambda: torch.zeros_like(group, dtype=torch.bool), mean_logp=lambda: mean(frozen),
+        mean_logp_old=lambda: samples["mean_logp"] if old is None else mean(old), entropy=lambda: -(frozen.exp() * frozen).sum(-1)[node] * mask,
+        **{name: functools.partial(samples.get, name) for name in ("logp_mu", "value", "age")})
+    return {name: make[name]() for name in make if name in asked}
 
-def _known_under(toy: Toy, mu: Tensor) -> Samples:
+def _known_under(toy: Toy, mu: Tensor, asked: set[str]) -> Samples:
     "What is known of every outcome, (seeds, n) or (seeds, n, t), when it is sampled from the tables mu (seeds, nodes, vocab)."
-    return dict(logp_mu=mu[:, toy.node, toy.token] * toy.mask, mean_logp=mu.mean(-1)[:, toy.node] * toy.mask,
-                baseline=torch.func.vmap(toy.prompt_value)(mu), value=torch.func.vmap(toy.value)(mu))
+    make = dict(logp_mu=lambda: mu[:, toy.node, toy.token] * toy.mask, mean_logp=lambda: mu.mean(-1)[:, toy.node] * toy.mask,
+                baseline=lambda: torch.func.vmap(toy.prompt_value)(mu), value=lambda: torch.func.vmap(toy.value)(mu))
+    serves = dict(logp_mu={"logp_mu", "logp_old"}, mean_logp={"mean_logp_old"}, baseline={"adv"}, value={"value"})
+    return {name: make[name]() for name in make if serves[name] & asked}
 
 def _sampled(known: Samples, rows: Tensor, age: int) -> Samples:
     "Rows (seeds, responses) with what is known of them."
@@ -93,20 +95,25 @@ def curve(estimator: Callable | Recipe, toy: Toy, *, staleness: float = 1, repla
     if staleness < 1: raise ValueError(f"staleness: expected 1 (on-policy) or more, got {staleness}")
     if minibatches is not None and minibatches < 1: raise ValueError(f"minibatches: expected None or 1 or more updates, got {minibatches}")
     if replay < 0 or (replay and expected): raise ValueError(f"replay: expected 0 or more updates, and 0 with expected=True, got {replay}")
-    objective = objective_of(estimator, advantage, **knobs)
+    objective, asked = objective_of(estimator, advantage, **knobs), asked_of(estimator, advantage)
     seeds = seeds[:1] if expected else seeds
     uniform = torch.stack([torch.rand(updates, prompts, 1 + group_size, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds])
     every_draw = draws_of(toy, group_size)[0] if expected else None
 
     def sampled(theta, old, samples):
         group = torch.arange(len(samples["row"]) // group_size).repeat_interleave(group_size)
-        return objective(_assemble(toy, theta, samples, group, old))
+        return objective(_assemble(toy, theta, samples, group, old, asked))
 
     def averaged(theta, old, samples, weight):
-        one = lambda draw: objective(_assemble(toy, theta, draw, torch.zeros_like(draw["row"]), old))
+        one = lambda draw: objective(_assemble(toy, theta, draw, torch.zeros_like(draw["row"]), old, asked))
         return weight @ torch.func.vmap(one)(samples)
 
-    step = torch.func.vmap(torch.func.grad(averaged if expected else sampled), in_dims=(0, None if minibatches is None else 0, 0, *[0] * expected))
+    losses = torch.func.vmap(averaged if expected else sampled, in_dims=(0, None if minibatches is None else 0, 0, *[0] * expected))
+
+    def step(theta, *rest):
+        theta = theta.detach().requires_grad_()
+        return torch.autograd.grad(losses(theta, *rest).sum(), theta)[0]     # each seed's loss is a function of its own row alone
+
     policy_of = (lambda t: torch.stack([behaviour(toy.at(x)).mu for x in t])) if behaviour else torch.func.vmap(toy.table)
     theta = toy.theta.expand(len(seeds), -1).clone()
     mu, old = toy.mu.expand(len(seeds), -1, -1), None
@@ -115,7 +122,7 @@ def curve(estimator: Callable | Recipe, toy: Toy, *, staleness: float = 1, repla
         if i % staleness == 0:
             born = i
             if staleness != math.inf: mu = policy_of(theta)
-            known = _known_under(toy, mu)
+            known = _known_under(toy, mu, asked)
             if not expected: ladders = _ladders(toy, mu)
         if minibatches is not None and i % minibatches == 0: old = torch.func.vmap(toy.table)(theta)
         history.append((theta, mu))

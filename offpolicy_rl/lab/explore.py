@@ -19,7 +19,7 @@ from torch import Tensor
 from ..core import Knob, Range, catalogue, inputs, knobs, method_of, per_sequence
 from .coefficient import coefficient, default_log_ratios
 from .curve import curve
-from .exact import SLICE, draws_of, exact, objective_of, raw_call, token_coefficients
+from .exact import SLICE, asked_of, draws_of, exact, objective_of, raw_call, token_coefficients
 from ..ratios.importance import effective_sample_size
 from ..recipes import Recipe, recipes
 from ..toys.bandit import Bandit
@@ -165,7 +165,8 @@ class Enumeration:
 
 def _gradients(fn: Estimator, world: Enumeration, at: slice) -> Tensor:
     "The estimator's gradient (settings, draws, parameters) at some of the settings."
-    chosen = {k: x[at][:, world.rows] for k, x in world.batch.items()}
+    asked = asked_of(fn)
+    chosen = {k: x[at][:, world.rows] for k, x in world.batch.items() if k in asked}
     c = token_coefficients(objective_of(fn), {k: x.flatten(0, 1) for k, x in chosen.items()})
     return torch.einsum("sdbt,sdbtp->sdp", c.view(*chosen["mask"].shape), world.score[at][:, world.rows])
 
@@ -301,10 +302,14 @@ class Explorer:
         "The ipywidget that JupyterLab shows."
         return self.view.widget
 
-    def grid(self) -> dict:
-        "The same numbers on a grid of slider positions, as compact JSON: what a page without a kernel moves through."
+    @functools.cached_property
+    def _grid(self) -> dict:
         from offpolicy_rl.lab.explorer_grid import grid
         return grid(self)
+
+    def grid(self) -> dict:
+        "The same numbers on a grid of slider positions, as compact JSON: what a page without a kernel moves through. Computed once."
+        return self._grid
 
     def __repr__(self) -> str:
         made, start = self.compute(parts=("moments",)), self.start
