@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-# Two test processes share two cores: a second thread in each makes small tensors ten times slower, not faster.
+# The test processes share the cores: a second thread in each makes small tensors ten times slower, not faster.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[1]

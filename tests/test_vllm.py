@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, OpenAIGPTConfig, Qwen3Config
 
+from offpolicy_rl.llm import cli
 from offpolicy_rl.llm.adapter import with_adapter
 from offpolicy_rl.llm.config import TrainConfig
 from offpolicy_rl.llm.engine import HFEngine, response_logits, token_logps
@@ -63,16 +64,13 @@ def adapted(model, seed: int):
     return model
 
 
-def command(python: Path | str, *words: str) -> subprocess.CompletedProcess:
-    "A short run by the real command line."
-    few = ("--steps", "1", "--prompts-per-step", "4", "--group-size", "4", "--eval-prompts", "8", "--threads", "1")
-    return subprocess.run([str(python), "-m", "offpolicy_rl", "train", *few, *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
+SHORT_RUN = ("train", "--steps", "1", "--prompts-per-step", "4", "--group-size", "4", "--eval-prompts", "8", "--threads", "1")
 
 
-def failed_in_one_line(done: subprocess.CompletedProcess, *told: str) -> None:
+def failed_in_one_line(code: int, stderr: str, *told: str) -> None:
     "Exit code 1, no traceback, and a last line that says it all."
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    last = done.stderr.strip().splitlines()[-1]
+    assert code == 1 and "Traceback" not in stderr, stderr
+    last = stderr.strip().splitlines()[-1]
     assert last.startswith("offpolicy: ") and all(words in last for words in told), last
 
 
@@ -401,8 +399,9 @@ def test_a_model_that_vllm_refuses_ends_the_command_in_one_line(engines, tokeniz
     config = OpenAIGPTConfig(vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=1, n_head=2)
     model, refused = AutoModelForCausalLM.from_config(config), "['OpenAIGPTLMHeadModel'] are not supported"
     for part in (model, tokenizer): part.save_pretrained(tmp_path)
-    done = command(sys.executable, "--engine", "vllm-server", "--model", str(tmp_path))
-    failed_in_one_line(done, "the vLLM server could not start: it ended with exit code 1; ", "ValidationError", refused)
+    line = [sys.executable, "-m", "offpolicy_rl", *SHORT_RUN, "--engine", "vllm-server", "--model", str(tmp_path)]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    failed_in_one_line(done.returncode, done.stderr, "the vLLM server could not start: it ended with exit code 1; ", "ValidationError", refused)
     engines(None)
     with pytest.raises(Failed, match=f"vLLM could not start: ValidationError: .*{re.escape(refused)}"): VLLMEngine(model, tokenizer)
 
@@ -534,13 +533,14 @@ UserWarning: 1 leaked object"""
 
 
 @pytest.mark.skipif(INSIDE, reason="vLLM is here, and would start")
-def test_a_command_whose_server_is_not_there_ends_in_one_line(models):
+def test_a_command_whose_server_is_not_there_ends_in_one_line(models, capsys):
     "Not installed, and nobody at the address."
-    failed_in_one_line(command(sys.executable, "--engine", "vllm-server"), "the vLLM server could not start", "exit code 1", "No module named 'vllm'")
+    said = lambda engine: (cli.main([*SHORT_RUN, "--engine", engine]), capsys.readouterr().err)
+    failed_in_one_line(*said("vllm-server"), "the vLLM server could not start", "exit code 1", "No module named 'vllm'")
     with socket.socket() as taken:  # bound and not listening: nobody else can answer there
         taken.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        failed_in_one_line(command(sys.executable, "--engine", address), f"the vLLM server at {address} does not answer", "refused")
+        failed_in_one_line(*said(address), f"the vLLM server at {address} does not answer", "refused")
 
 
 @outside
