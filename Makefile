@@ -24,8 +24,8 @@ OUT ?= runs/main
 SIZE ?= 100m
 DEVICE ?= cuda
 SCALE ?= $(if $(filter cuda%,$(DEVICE)),records/scale,runs/scale)
-# tests/conftest.py says which process takes which tests. Three for two cores: one of them usually waits, for an engine, a browser or a killed run.
-PYTEST_ARGS ?= --numprocesses 3
+# tests/conftest.py says which process takes which tests. A third process for two cores saved nothing.
+PYTEST_ARGS ?= --numprocesses 2
 LAB_ARGS ?= $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
