@@ -86,7 +86,7 @@ class Trainer(Collector):
 
     def evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         "Success of the policy on the held-out prompts, sampled and greedy, and its sampled answers to the first eight."
-        if self.config.shard: self.live.sync(self.model, self.step)
+        if self.config.shard: self.live.sync(self.model, self.live.version)      # a new version is the schedule's to announce
         entry, shown = dict(step=self.step), []
         for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
             generator = torch.Generator(self.model.device).manual_seed(place()[0])
