@@ -40,7 +40,7 @@ from offpolicy_rl.llm.train import train
 
 config = TrainConfig(recipe="topr", staleness=8, steps=8, prompts_per_step=2, group_size=4, eval_prompts=4, threads=1, keep_rollouts=4, out=tempfile.mkdtemp())
 train(config)
-explore_run(record_path(config), response=0)"""
+explore_run(record_path(config), response=3)  # the last of its group: the next one answers another prompt"""
 # The highest point of the method's own curve in the panel for good responses, as drawn: its cap.
 HIGHEST = """() => Math.max(...document.querySelector('.jp-OutputArea .js-plotly-plot').data.find(trace => trace.meta === 'capped_loss/1').y)"""
 
@@ -136,11 +136,12 @@ def test_response_and_rival_move_the_tokens_in_jupyterlab(lab, watched):
     page = run_all(lab, watched, "run")
     plot = "document.querySelector('.jp-OutputArea .js-plotly-plot')"
     assert page.locator(".widget-html span[title*=coefficient]").count() > 0
-    before = page.locator(".widget-html-content:has(span[title])").inner_html()
+    tokens = "document.querySelector('.widget-html-content:has(span[title])').innerHTML"
+    before = page.evaluate(tokens)
     page.locator(".widget-slider .noUi-handle").focus()
     page.keyboard.press("ArrowRight")
-    page.wait_for_function(f"{plot}.layout.annotations[3].text.startsWith('response 1:')", timeout=WAIT)
-    assert page.locator(".widget-html-content:has(span[title])").inner_html() != before
+    page.wait_for_function(f"{plot}.layout.annotations[3].text.startsWith('response 4:')", timeout=WAIT)
+    page.wait_for_function(f"before => {tokens} !== before", arg=before, timeout=WAIT)  # the kernel sends the tokens after the figure
     page.locator(".widget-dropdown select").nth(2).select_option(label="reinforce")
     page.wait_for_function(f"{plot}.data.some(t => t.meta === 'tokens/rival' && t.name === 'reinforce')", timeout=WAIT)
     page.close()
@@ -209,5 +210,5 @@ def test_page_without_a_kernel_shows_the_same_numbers(twin, watched, width):
     colour = "getComputedStyle(document.querySelector('.orl-explorer .xtick text')).fill"
     light = page.evaluate(colour)
     page.evaluate("document.documentElement.dataset.theme = 'dark'")
-    page.wait_for_function(f"{colour} !== '{light}'")
+    page.wait_for_function(f"{colour} !== '{light}'", timeout=WAIT)
     page.close()
