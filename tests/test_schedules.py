@@ -16,7 +16,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from offpolicy_rl.llm import schedule as llm_schedule
 from offpolicy_rl.llm.buffer import ReplayBuffer
-from offpolicy_rl.llm.checkpoint import pack, rollouts_from, rollouts_parts, unpack, wearing, weights
+from offpolicy_rl.llm.checkpoint import checkpoints, pack, rollouts_from, rollouts_parts, unpack, wearing, weights
 from offpolicy_rl.llm.cli import build_parser, config_values, main, parse
 from offpolicy_rl.llm.config import TrainConfig, checkpoint_folder, config_facts, old_of, resolve, run_name, same_config
 from offpolicy_rl.llm.engine import HFEngine, token_logps
@@ -383,13 +383,32 @@ def test_interpolation_only_rescales_the_ratio(alpha):
     torch.testing.assert_close(ratio, (1 - alpha) * whole, atol=1e-6, rtol=0)
 
 
+# an engine on a device of its own that takes turns with the updates
+
+@pytest.mark.parametrize("how, ages", [(dict(staleness=2), [0, 1, 0, 1, 0]), (dict(mode="lag", staleness=1), [0, 1, 1, 1, 1])])
+def test_an_engine_on_a_device_of_its_own(lent, tmp_path, how, ages):
+    "The samples are of the weights that they should be of, and a run goes on from its checkpoint with the same bits."
+    config = TrainConfig(**SHORT, recipe="ppo", engine_device="cpu", warmup=0, lr=1e-4, **how)
+    trainer, rows = Trainer(config), []
+    for step in range(5):
+        rows.append(trainer.advance())
+        if step == 2: trainer.save(tmp_path)
+    assert trainer.schedule.engine is lent and [row["age"] for row in rows] == ages
+    assert all((abs(row["kl"]) < ROUNDING) == (row["age"] == 0) for row in rows)
+    other = Trainer(config)
+    other.restore(checkpoints(tmp_path)[-1])
+    for _ in range(2): other.advance()
+    assert all(map(torch.equal, trainer.model.parameters(), other.model.parameters()))
+
+
 # what does not go together
 
 @pytest.mark.parametrize("wrong, message", [
     (dict(mode="lag", staleness="offline"), "staleness: mode lag needs a number of updates, got 'offline'"),
     (dict(mode="periodic", staleness=2), "staleness: mode periodic is on-policy, expected 1, got 2"), (dict(mode="later"), "mode: expected one of sync, lag"),
     (dict(partial=True), "partial: .*got mode sync with engine hf"), (dict(partial=True, mode="async", engine="vllm"), "partial: .*with engine vllm"),
-    (dict(engine="sglang"), "engine: expected one of hf, vllm, vllm-server, http"), (dict(engine_device="cpu"), "engine_device: .*got mode sync"),
+    (dict(engine="sglang"), "engine: expected one of hf, vllm, vllm-server, http"),
+    (dict(engine_device="cpu", engine="http://a:1"), "engine_device: a server at an address has its own device; expected None, got 'cpu'"),
     (dict(replay=4), "replay: expected room for at least the 128 responses"), (dict(replay_age=2), "replay_age: nothing is stored with replay=0"),
     (dict(replay=512, replay_share=0.01), "replay_share: 0.01 of 16 prompts is less than one group"),
     (dict(replay=512, replay_memory=8), "replay_memory: expected a folder `out`"),

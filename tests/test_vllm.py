@@ -3,6 +3,8 @@
 vLLM pins its libraries, so `make test` makes `.venv-vllm` for it; the tests marked `in_its_environment` run there, and the last test here, which
 runs in the main environment, runs them. Where vLLM is installed but broken they fail; they are never left out without a word."""
 
+import asyncio
+import contextlib
 import copy
 import importlib.util
 import json
@@ -309,6 +311,59 @@ def test_an_engine_in_another_process_is_checked_there(models, tmp_path, monkeyp
     if not lost: assert train(config)["updates"] == 4
     else:
         with pytest.raises(Failed, match="the engine's process: the engine does not sample with the weights .*given as version"): train(config)
+
+
+TWO = """
+import json, sys
+from offpolicy_rl.llm import parallel
+from offpolicy_rl.llm.config import TrainConfig
+from offpolicy_rl.llm.fidelity import fidelity
+from offpolicy_rl.llm.train import Trainer
+prompts, out = json.loads(sys.argv[2]), []
+for engine in ("vllm", sys.argv[1]):
+    trainer = Trainer(TrainConfig(recipe="topr", task="sort", engine=engine, staleness=2, prompts_per_step=5, group_size=4, eval_prompts=8, threads=1))
+    rows, engine = [trainer.advance() for _ in range(3)], trainer.schedule.engine
+    here, moved = parallel.everywhere(engine.engine is not None), fidelity(engine, trainer.model, prompts)
+    trainer.hand_over(engine, 3)
+    out.append(dict(kl=[row["kl"] for row in rows], here=here, moved=moved, gaps=parallel.everywhere(fidelity(engine, trainer.model, prompts)),
+                    ages=[row["age"] for row in rows], texts=len({*map(str, parallel.everywhere(trainer.fresh[-1].texts))})))
+    trainer.close()
+if parallel.first(): print(json.dumps(out))
+parallel.leave()
+"""
+
+
+@in_its_environment
+def test_in_two_processes(models, server, tmp_path):
+    "Each with an engine of its own, and both with one server at an address: log-probs are the trainers', and every sync arrives."
+    (tmp_path / "two.py").write_text(TWO, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "two.py")]
+    with forwarded(server.address.removeprefix("unix:")) as address:
+        done = subprocess.run([*command, address, json.dumps(PROMPTS)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for run, here in zip(json.loads(done.stdout.splitlines()[-1]), ([True, True], [True, False]), strict=True):
+        assert run["here"] == here and run["ages"] == [0, 1, 0] and run["texts"] == 1
+        assert max(run["gaps"]) < EXACT < 0.01 < run["moved"] and abs(run["kl"][0]) < EXACT < abs(run["kl"][1])
+
+
+@contextlib.contextmanager
+def forwarded(path: str):
+    "An http address at which the server behind a Unix socket answers."
+    async def pipe(source, sink):
+        while data := await source.read(2**16): sink.write(data)
+        sink.close()
+
+    async def meet(reader, writer):
+        there, here = await asyncio.open_unix_connection(path)
+        await asyncio.gather(pipe(reader, here), pipe(there, writer))
+    loop = asyncio.new_event_loop()
+    web = loop.run_until_complete(asyncio.start_server(meet, "127.0.0.1", 0))
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try: yield f"http://127.0.0.1:{web.sockets[0].getsockname()[1]}"
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
 
 
 @in_its_environment

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from .checkpoint import link_or_copy, rollouts_from, rollouts_parts, unpack, write_tensors
+from .parallel import first, meet
 from .rollouts import Rollouts, joined
 
 # %% ../../nbs/llm/buffer.ipynb #2c6578d1
@@ -57,6 +58,7 @@ class ReplayBuffer:
             self.made += 1
         while len(self) > self.capacity: self._drop(self.groups[0])
         self._spill()
+        meet()      # what the first has written all can read
 
     def draw(self, count: int, step: int, rng: random.Random, device: str = "cpu") -> Rollouts | None:
         "`count` groups as one batch, at update `step`; None where there are not so many."
@@ -69,7 +71,7 @@ class ReplayBuffer:
 
     def _drop(self, group: Group) -> None:
         self.groups.remove(group)
-        if group.path is not None: group.path.unlink(missing_ok=True)
+        if group.path is not None and first(): group.path.unlink(missing_ok=True)
 
     def _spill(self) -> None:
         "Move the oldest groups to the disk until the rest fits into memory."
@@ -78,10 +80,14 @@ class ReplayBuffer:
         for g in self.groups:
             if held <= self.memory: return
             if g.path is not None: continue
-            self.folder.mkdir(parents=True, exist_ok=True)
-            g.path = self.folder / f"group-{g.number:08d}.safetensors"
-            write_tensors(g.path, *rollouts_parts(g.held))
+            g.path = self._path(g)
+            if first(): write_tensors(g.path, *rollouts_parts(g.held))
             g.held, held = None, held - g.size
+
+    def _path(self, group: Group) -> Path:
+        "The group's file. Of several processes, which all hold the same, the first writes it."
+        if first(): self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder / f"group-{group.number:08d}.safetensors"
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any], list[Path]]:
         "All of it for a checkpoint: tensors, plain values, and the files that are on the disk already."
@@ -104,12 +110,12 @@ class ReplayBuffer:
             facts = row.pop("facts", None)
             group = Group(**row, held=None if facts is None else rollouts_from(named[str(row["number"])], facts))
             if facts is None:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                group.path = self.folder / f"group-{group.number:08d}.safetensors"
-                link_or_copy(linked / group.path.name, group.path)
+                group.path = self._path(group)
+                if first(): link_or_copy(linked / group.path.name, group.path)
             self.groups.append(group)
+        meet()
 
     def clear(self) -> None:
         "Forget everything, on the disk too."
         self.groups = []
-        if self.folder is not None: shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder is not None and first(): shutil.rmtree(self.folder, ignore_errors=True)

@@ -95,7 +95,7 @@ _SAMPLING = (("mode", str, "how sampling and updates take turns: sync brings the
              ("partial", bool, "in mode async: newer weights take over between two tokens of a response"),
              ("engine", str, "what samples: hf, vllm, vllm-server, or the http address of a vLLM server"),
              ("engine_dtype", str, "of the sampling weights, e.g. bfloat16 for a real mismatch; the same by default", "DTYPES"),
-             ("engine_device", str, "of the sampling weights, in mode periodic or async; the same by default"), ("temperature", float, "of sampling"),
+             ("engine_device", str, "of the sampling weights; the same by default"), ("temperature", float, "of sampling"),
              ("top_p", float, "sample from the smallest set of tokens that holds this mass"), ("top_k", int, "sample from that many tokens; 0: from all"),
              ("min_p", float, "sample from tokens with at least this share of the most probable one's probability"),
              ("replay", int, "responses that the replay buffer holds; 0: no replay"), ("replay_share", float, "of each batch that comes from the buffer"),

@@ -8,6 +8,7 @@ __all__ = ['Collector']
 # %% ../../nbs/llm/collect.ipynb #8240d4db
 import contextlib
 import itertools
+import math
 import random
 import time
 from collections import defaultdict
@@ -27,13 +28,14 @@ from .engine import Engine, HFEngine
 from .fidelity import SyncCheck, sync_limit
 from .learner import Learner
 from .old import make_old
-from .parallel import add_up, check_processes, gathered, join, place, share
+from .parallel import add_up, check_processes, everywhere, gathered, join, place, share
 from .rollouts import Rollouts, joined
-from .schedule import accumulate, make_schedule
+from .schedule import accumulate, apart, make_schedule
 from .tasks import draw
+from .together import Together
 from .tool import respond
 from .verify import verify_all
-from .worker import EngineProcess
+
 
 # %% ../../nbs/llm/collect.ipynb #a4e17e9f
 class Collector(Learner):
@@ -55,9 +57,10 @@ class Collector(Learner):
         self.buffer = ReplayBuffer(config.replay, config.replay_age, config.replay_by, config.replay_memory, folder) if config.replay else None
         self.fresh, self.stored, self.streamed, self.timeouts = [], None, None, 0
         self.spent, self.within, self.measured = defaultdict(float), 0.0, {}
-        built_in = config.engine == "hf" or config.mode in ("periodic", "async")  # or checked where it lives, in another process
-        self.sync_check = None if built_in else SyncCheck(draw(self.task, 8, random.Random(0), "held_out"),
-                                                     sync_limit(self.model.dtype, config.engine_dtype or self.model.dtype), min(16, self.max_tokens))
+        self.sync_check = None
+        if config.engine != "hf" and not apart(config):      # an engine in a process of its own is checked there
+            limit = sync_limit(self.model.dtype, config.engine_dtype or self.model.dtype)
+            self.sync_check = SyncCheck(draw(self.task, 8, random.Random(0), "held_out"), limit, min(16, self.max_tokens))
         self.schedule = make_schedule(self)
 
     # what is sampled
@@ -100,22 +103,26 @@ class Collector(Learner):
 
     def rewards(self, rollouts: Rollouts) -> Tensor:
         "The verifier's number for each response."
-        asked = [rollouts.prompts[g] for g in rollouts.group.tolist()]
-        marks, late = verify_all(self.task, asked, rollouts.texts, self.config.verify_timeout)
+        return torch.tensor(self.marks(rollouts, range(len(rollouts))), device=rollouts.group.device, dtype=torch.float32)
+
+    def marks(self, rollouts: Rollouts, rows: range) -> list[float]:
+        "The verifier's number for each response of these numbers."
+        texts, asked = [rollouts.texts[i] for i in rows], [rollouts.prompts[g] for g in rollouts.group[rows.start:rows.stop].tolist()]
+        marks, late = verify_all(self.task, asked, texts, self.config.verify_timeout)
         self.timeouts += late
-        reward = torch.tensor(marks, device=rollouts.group.device, dtype=torch.float32)
-        if not reward.isfinite().all():
-            bad = int((~reward.isfinite()).nonzero()[0])
-            raise ValueError(f"step {self.step}: task {self.task.name!r} gave the reward {reward[bad].item()} to {rollouts.texts[bad]!r}")
-        return reward
+        for mark, text in zip(marks, texts):
+            if not math.isfinite(mark): raise ValueError(f"step {self.step}: task {self.task.name!r} gave the reward {mark} to {text!r}")
+        return marks
 
     # what a schedule asks for
 
     def answers(self, engine: Engine) -> Rollouts:
-        "Fresh responses of an engine in this process to fresh prompts, with rewards; each of several processes answers its share."
-        prompts, (rank, world) = share(draw(self.task, self.planned(), self.rng)), place()
-        generator = self.generator if world == 1 else torch.Generator(self.model.device).manual_seed(self.seed() + rank)
-        return self.rewarded(respond(engine, self.task, prompts, self.config.group_size, self.max_tokens, generator=generator, **self.how))
+        "Fresh responses of an engine to fresh prompts, with rewards; of several processes with an engine each, each answers its share."
+        prompts, (rank, world), generator = draw(self.task, self.planned(), self.rng), place(), self.generator
+        asked = lambda prompts: respond(engine, self.task, prompts, self.config.group_size, self.max_tokens, generator=generator, **self.how)
+        if world == 1 or isinstance(engine, Together): return self.rewarded(asked(prompts))
+        generator = torch.Generator(self.model.device).manual_seed(self.seed() + rank)
+        return self.rewarded(gathered(asked(share(prompts))))
 
     def seed(self) -> int:
         "A fresh seed, the same in all processes."
@@ -129,16 +136,22 @@ class Collector(Learner):
                 for i in range(0, len(prompts), size)]
 
     def rewarded(self, rollouts: Rollouts) -> Rollouts:
-        "These fresh rollouts with their rewards, and with those of the other processes."
-        rollouts.reward = self.rewards(rollouts)
-        rollouts = gathered(rollouts)
+        "These fresh rollouts, which all processes have, with their rewards; each marks its share."
+        marks = everywhere(self.marks(rollouts, share(range(len(rollouts)))))
+        rollouts.reward = torch.tensor(sum(marks, []), device=rollouts.group.device, dtype=torch.float32)
         self.fresh.append(rollouts)
         return rollouts
+
+    def carrier(self, engine: Engine):
+        "The model that brings the policy's weights to an engine, all of them."
+        if not self.config.shard or isinstance(engine, HFEngine): return self.model
+        self.live.sync(self.model, self.live.version)
+        return self.whole
 
     def hand_over(self, engine: Engine, version: int) -> None:
         "Give the policy's weights, as those of `version`, to the engine. Raises Failed where vLLM does not sample with them."
         with self.clock("sync"):
-            if self.sync_check is None: engine.sync(self.model, version)
+            if self.sync_check is None: engine.sync(self.carrier(engine), version)
             else: self.sync_check.sync(engine, self.model, version)
         self.old.follow(self.model, version)
 
@@ -188,12 +201,13 @@ class Collector(Learner):
 
     def measures(self, rollouts: Rollouts) -> dict[str, float]:
         "What this step took, and what its samples were."
-        late = torch.tensor(float(self.timeouts), device=self.model.device)
-        add_up([late])
-        row = {f"{name}_seconds": self.spent[name] for name in ("sampling", "sync", "training")} | self.measured | dict(timeouts=late.item())
+        engine, aside = self.schedule.engine, self.config.mode in ("periodic", "async")
+        counts = torch.tensor([float(self.timeouts), float(getattr(engine, "restarts", 0))], device=self.model.device)
+        add_up([counts])
+        row = {f"{name}_seconds": self.spent[name] for name in ("sampling", "sync", "training")} | self.measured | dict(timeouts=counts[0].item())
         if self.sampler is not None: row["rounds"] = float(len(self.fresh))
-        if hasattr(self.schedule.engine, "restarts"): row["restarts"] = float(self.schedule.engine.restarts)
-        if isinstance(self.schedule.engine, EngineProcess): row["waiting_seconds"] = self.spent["waiting"]
+        if hasattr(engine, "restarts"): row["restarts"] = counts[1].item()
+        if aside: row["waiting_seconds"] = self.spent["waiting"]
         if self.buffer is not None:
             reward = torch.cat([r.reward for r in self.fresh]) if self.fresh else rollouts.reward  # what is replayed says little about the policy
             row |= dict(reward=reward.mean().item(), success=(reward >= 1).float().mean().item(), age_max=float(self.step - rollouts.version.min()),

@@ -64,7 +64,7 @@ class TrainConfig:
     device: str = "cpu"
     dtype: str = "float32"             # of the trained weights
     engine_dtype: str | None = None    # of the sampling weights; None: the same
-    engine_device: str | None = None   # of the sampling weights, in mode periodic or async; None: the same
+    engine_device: str | None = None   # of the sampling weights; of several processes the first one's, and the others take the next GPUs; None: the same
     threads: int | None = None         # of torch; None: as it is
     out: str | None = None             # folder of the record and the checkpoints; None: nothing is written
     save_every: int = 100              # updates between two checkpoints in `out`; 0: none
@@ -146,8 +146,8 @@ def _check_schedule(c: TrainConfig) -> None:
     if c.mode in ("lag", "async") and c.staleness == "offline":
         raise ValueError(f"staleness: mode {c.mode} needs a number of updates, got 'offline'; that goes with mode sync")
     if c.mode == "periodic" and c.staleness != 1: raise ValueError(f"staleness: mode periodic is on-policy, expected 1, got {c.staleness!r}")
-    if c.engine_device is not None and c.mode not in ("periodic", "async"):
-        raise ValueError(f"engine_device: another device needs an engine in a process of its own, as in mode periodic or async; got mode {c.mode}")
+    if c.engine_device is not None and c.engine.startswith("http"):
+        raise ValueError(f"engine_device: a server at an address has its own device; expected None, got {c.engine_device!r}")
     if c.partial and (c.mode != "async" or c.engine != "hf"):
         raise ValueError(f"partial: weights change between two tokens in mode async with engine hf only, got mode {c.mode} with engine {c.engine}")
     if c.old_beta is not None and c.old != "ewma": raise ValueError(f"old_beta: belongs to old='ewma', got old={c.old!r}")
@@ -210,7 +210,7 @@ def _check_old(config: TrainConfig, recipe: Recipe) -> None:
     "Raise ValueError where the recipe asks the old policy for more than its log-probabilities, and nobody has it."
     if "mean_logp_old" not in recipe.inputs or proximal_apart(config, recipe): return
     old = old_of(config, recipe)
-    at_hand = old == "behaviour" and config.mode in ("sync", "lag") and config.engine == "hf" and not config.replay
+    at_hand = old == "behaviour" and config.mode in ("sync", "lag") and config.engine == "hf" and config.engine_device is None and not config.replay
     if not at_hand:
         raise ValueError(f"old: recipe {recipe.name!r} needs the old policy's whole distribution (mean_logp_old), which is not at hand with old={old!r}, "
                          f"mode {config.mode}, engine {config.engine} and replay={config.replay}; expected 'snapshot', which stores its weights")

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import queue
+import re
 import shutil
 import signal
 import subprocess
@@ -163,7 +164,8 @@ class EngineProcess:
         self.log = self.folder / "log"
         self.spec = dict(folder=str(self.folder), model=name, engine=engine, dtype=dtype, trained=str(model.dtype).removeprefix("torch."),
                          device=str(device or model.device), threads=threads, task=task, parent=os.getpid())
-        self.env = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
+        others = re.compile("(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")     # a place that is this process's
+        self.env = {name: x for name, x in os.environ.items() if not others.fullmatch(name)} | dict(PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
         if ":" in self.spec["device"] and engine != "hf":  # vLLM takes the first GPU that it sees
             number, seen = int(self.spec["device"].split(":")[1]), os.environ.get("CUDA_VISIBLE_DEVICES")
             self.env["CUDA_VISIBLE_DEVICES"] = seen.split(",")[number] if seen else str(number)
