@@ -32,7 +32,6 @@ from .parallel import add_up, check_processes, everywhere, gathered, join, place
 from .rollouts import Rollouts, joined
 from .schedule import accumulate, apart, make_schedule
 from .tasks import draw
-from .together import Together
 from .tool import respond
 from .verify import verify_all
 
@@ -119,10 +118,10 @@ class Collector(Learner):
     def answers(self, engine: Engine) -> Rollouts:
         "Fresh responses of an engine to fresh prompts, with rewards; of several processes with an engine each, each answers its share."
         prompts, (rank, world), generator = draw(self.task, self.planned(), self.rng), place(), self.generator
-        asked = lambda prompts: respond(engine, self.task, prompts, self.config.group_size, self.max_tokens, generator=generator, **self.how)
-        if world == 1 or isinstance(engine, Together): return self.rewarded(asked(prompts))
-        generator = torch.Generator(self.model.device).manual_seed(self.seed() + rank)
-        return self.rewarded(gathered(asked(share(prompts))))
+        how = dict(self.how, n=self.config.group_size, max_tokens=self.max_tokens)
+        if apart(self.config): return self.rewarded(engine.sample(prompts, generator=generator, **how))      # a conversation is held over there
+        if world > 1: prompts, generator = share(prompts), torch.Generator(self.model.device).manual_seed(self.seed() + rank)
+        return self.rewarded(gathered(respond(engine, self.task, prompts, generator=generator, **how)))
 
     def seed(self) -> int:
         "A fresh seed, the same in all processes."

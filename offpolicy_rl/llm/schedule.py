@@ -230,7 +230,7 @@ def _engine(trainer) -> Engine:
         if on_policy and c.engine == "hf": return trainer.live
         return make_engine(c.engine, trainer.whole, trainer.tokenizer, c.engine_dtype)
     name = str(embedded_path(trainer.task, c.seed)) if c.model == "embedded" else c.model
-    converses = trainer.task.name if c.mode in ("periodic", "async") and hasattr(trainer.task, "reply") else None
+    converses = trainer.task.name if hasattr(trainer.task, "reply") else None
     start = lambda: EngineProcess(trainer.whole, name, c.engine, c.engine_dtype, next_gpu(c.engine_device), c.threads, converses)
     if place()[1] == 1: return start()
     return Together(start() if first() or not c.engine.startswith("http") else None, trainer.whole.device)      # one server has one version of the weights
