@@ -286,13 +286,14 @@ def test_an_adapter_on_a_model_with_an_output_layer_of_its_own(engines, untied):
 def test_a_sync_that_does_nothing_stops_a_run(models, engines, monkeypatch):
     "At the usual learning rate, at the first sync of other weights; the same engine, once it takes them, proves itself and is left alone."
     engines(None)
-    trainer = Trainer(TrainConfig(recipe="topr", task="sort", engine="vllm", prompts_per_step=16, group_size=16, eval_prompts=8, threads=1))
+    trainer = Trainer(TrainConfig(recipe="topr", task="sort", engine="vllm", sync_limit=0.2, prompts_per_step=16, group_size=16, eval_prompts=8,
+                                  threads=1))
     engine = trainer.schedule.engine
     trainer.advance()
     assert trainer.sync_check.before is None, "nothing was synced yet"
     with monkeypatch.context() as patch:
         patch.setattr(engine.llm, "collective_rpc", lambda *_, **__: None)
-        with pytest.raises(Failed, match=r"given as version 1: .* nats \(limit 0.1, .*would differ by"): trainer.advance()
+        with pytest.raises(Failed, match=r"given as version 1: .* nats \(.*the limit is 0.2, .*would differ by"): trainer.advance()
     trainer.hand_over(engine, 1)
     assert trainer.sync_check.proven
     monkeypatch.setattr(engine, "sample", None)
@@ -307,10 +308,10 @@ def test_an_engine_in_another_process_is_checked_there(models, tmp_path, monkeyp
     patch = "import offpolicy_rl.llm.vllm as v; v.VLLMEngine.sync = lambda self, model, version: setattr(self, 'version', version)"
     if lost: (tmp_path / "sitecustomize.py").write_text(patch, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    config = TrainConfig(recipe="topr", task="sort", engine="vllm", mode="async", steps=4, eval_prompts=8, threads=1)
+    config = TrainConfig(recipe="topr", task="sort", engine="vllm", mode="async", steps=4, eval_prompts=8, threads=1, sync_limit=0.05)
     if not lost: assert train(config)["updates"] == 4
     else:
-        with pytest.raises(Failed, match="the engine's process: the engine does not sample with the weights .*given as version"): train(config)
+        with pytest.raises(Failed, match="the engine's process: the engine does not sample with the weights .*the limit is 0.05"): train(config)
 
 
 TWO = """

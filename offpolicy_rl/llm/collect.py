@@ -56,10 +56,9 @@ class Collector(Learner):
         self.buffer = ReplayBuffer(config.replay, config.replay_age, config.replay_by, config.replay_memory, folder) if config.replay else None
         self.fresh, self.stored, self.streamed, self.timeouts = [], None, None, 0
         self.spent, self.within, self.measured = defaultdict(float), 0.0, {}
-        self.sync_check = None
-        if config.engine != "hf" and not apart(config):      # an engine in a process of its own is checked there
-            limit = sync_limit(self.model.dtype, config.engine_dtype or self.model.dtype)
-            self.sync_check = SyncCheck(draw(self.task, 8, random.Random(0), "held_out"), limit, min(16, self.max_tokens))
+        limit = sync_limit(self.model.dtype, config.engine_dtype or self.model.dtype) if config.sync_limit is None else config.sync_limit
+        checked = config.engine != "hf" and limit and not apart(config)      # an engine in a process of its own is checked there
+        self.sync_check = SyncCheck(draw(self.task, 8, random.Random(0), "held_out"), limit, min(16, self.max_tokens)) if checked else None
         self.schedule = make_schedule(self)
 
     # what is sampled

@@ -65,6 +65,7 @@ class TrainConfig:
     dtype: str = "float32"             # of the trained weights
     engine_dtype: str | None = None    # of the sampling weights; None: the same
     engine_device: str | None = None   # of the sampling weights; of several processes the first one's, and the others take the next GPUs; None: the same
+    sync_limit: float | None = None    # nats by which vLLM's log-probs may differ after a sync; 0: not checked; None: 0.1 in float32, else 0.5
     threads: int | None = None         # of torch; None: as it is
     out: str | None = None             # folder of the record and the checkpoints; None: nothing is written
     save_every: int = 100              # updates between two checkpoints in `out`; 0: none
@@ -105,6 +106,8 @@ class TrainConfig:
         if self.staleness != "offline": _at_least(self, "staleness", 1)
         for name in ("top_p", "replay_share"):
             if not 0 < getattr(self, name) <= 1: raise ValueError(f"{name}: expected a number above 0 and at most 1, got {getattr(self, name)!r}")
+        if self.sync_limit is not None and not 0 <= self.sync_limit < math.inf:
+            raise ValueError(f"sync_limit: expected None or a number of at least 0, got {self.sync_limit!r}")
         for name in ("min_p", "old_beta"):
             if not 0 <= (getattr(self, name) or 0) < 1: raise ValueError(f"{name}: expected a number from 0 to below 1, got {getattr(self, name)!r}")
         if not 0 <= self.old_alpha <= 1: raise ValueError(f"old_alpha: expected a number from 0 to 1, got {self.old_alpha!r}")

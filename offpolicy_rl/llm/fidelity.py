@@ -63,7 +63,7 @@ class SyncCheck:
         gap, behind = (differences(model, rollouts).quantile(0.99).item() for rollouts in (after, self.before))
         if not gap <= self.limit:
             raise Failed(f"the engine does not sample with the weights that it was given as version {version}: on {len(self.prompts)} prompts its "
-                         f"log-probs differ from the trainer's by {gap:.3g} nats (limit {self.limit:g}, 99 of 100 tokens); "
+                         f"log-probs differ from the trainer's by {gap:.3g} nats (99 of 100 tokens; the limit is {self.limit:g}, sync_limit sets another); "
                          f"one that still had the weights of before the first sync would differ by {behind:.3g}")
         self.proven = behind > max(self.limit, 4 * gap)
 

@@ -231,7 +231,7 @@ def _engine(trainer) -> Engine:
         return make_engine(c.engine, trainer.whole, trainer.tokenizer, c.engine_dtype)
     name = str(embedded_path(trainer.task, c.seed)) if c.model == "embedded" else c.model
     converses = trainer.task.name if hasattr(trainer.task, "reply") else None
-    start = lambda: EngineProcess(trainer.whole, name, c.engine, c.engine_dtype, next_gpu(c.engine_device), c.threads, converses)
+    start = lambda: EngineProcess(trainer.whole, name, c.engine, c.engine_dtype, next_gpu(c.engine_device), c.threads, converses, c.sync_limit)
     if place()[1] == 1: return start()
     return Together(start() if first() or not c.engine.startswith("http") else None, trainer.whole.device)      # one server has one version of the weights
 

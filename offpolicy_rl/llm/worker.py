@@ -124,8 +124,9 @@ class _Host:
         number, start = request.pop("number"), time.perf_counter()
         between = dict(between=self.renew) if request.pop("partial") else {}
         try:
-            if self.check is None and self.spec["engine"] != "hf":
-                limit = sync_limit(self.model.dtype, self.spec["dtype"] or self.model.dtype)
+            limit = self.spec["limit"]
+            if limit is None: limit = sync_limit(self.model.dtype, self.spec["dtype"] or self.model.dtype)
+            if self.check is None and limit and self.spec["engine"] != "hf":
                 self.check = SyncCheck(request["prompts"][:8], limit, min(16, request["max_tokens"]))
             self.renew()
             generator = torch.Generator(self.model.device).manual_seed(request.pop("seed"))
@@ -154,16 +155,16 @@ class EngineProcess:
     """An engine in a process of its own.
 
     `name`: the folder or the hub's name that gives the model's shape and its tokenizer; the weights are those of `model`, and then of each `sync`.
-    `task`: the one with a tool, where the responses are conversations.
+    `task`: the one with a tool, where the responses are conversations. `limit`: by how many nats vLLM may be off after a sync; 0: not checked.
     `restarts` counts the processes that had to be started again."""
 
     def __init__(self, model, name: str, engine: str = "hf", dtype: str | None = None, device: str | None = None, threads: int | None = None,
-                 task: str | None = None):
+                 task: str | None = None, limit: float | None = None):
         self.version, self.edition, self.restarts, self.deaths, self.dtype, self.device = 0, 0, 0, 0, dtype, model.device
         self.folder, self.lock = scratch(sum(p.numel() * p.element_size() for p in model.parameters()))
         self.log = self.folder / "log"
         self.spec = dict(folder=str(self.folder), model=name, engine=engine, dtype=dtype, trained=str(model.dtype).removeprefix("torch."),
-                         device=str(device or model.device), threads=threads, task=task, parent=os.getpid())
+                         device=str(device or model.device), threads=threads, task=task, limit=limit, parent=os.getpid())
         others = re.compile("(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")     # a place that is this process's
         self.env = {name: x for name, x in os.environ.items() if not others.fullmatch(name)} | dict(PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
         if ":" in self.spec["device"] and engine != "hf":  # vLLM takes the first GPU that it sees
