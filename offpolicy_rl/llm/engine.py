@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from ..core import PerToken, PerVocab
 from .model import decode, encode
+from .pack import packed_logits, remembers_all
 from .rollouts import Rollouts, joined, pad_left, pad_right
 from .sampling import Sampling, draw_token, kept_ids, race
 from .shard import whole
@@ -27,9 +27,8 @@ _all_ = ["Rollouts", "draw_token", "joined", "pad_left"]
 # %% ../../nbs/llm/engine.ipynb #089f5cc5
 def shares_prompts(model) -> bool:
     "True when keys and values of all positions are all that `model` remembers, so that one pass over a prompt serves its group exactly."
-    layers = DynamicCache(config=model.config).layers
     recomputes = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())  # and then keeps no cache
-    return not recomputes and all(type(layer) is DynamicLayer for layer in layers)
+    return not recomputes and remembers_all(model)
 
 
 def _positions(prompt_mask: Bool[Tensor, "g p"], new: int) -> tuple[dict, dict]:
@@ -42,8 +41,11 @@ def _positions(prompt_mask: Bool[Tensor, "g p"], new: int) -> tuple[dict, dict]:
     return dict(attention_mask=prompt_mask.long(), position_ids=first), dict(attention_mask=after.long(), position_ids=seen + steps)
 
 
-def response_logits(model, rollouts: Rollouts, share: bool | None = None) -> PerVocab:
-    "Logits that `model` gives at each response token; `share` reads each prompt once for its group (by default wherever that is exact)."
+def response_logits(model, rollouts: Rollouts, share: bool | None = None, pack: int | None = None) -> PerVocab:
+    """Logits that `model` gives at each response token; `share` reads each prompt once for its group (by default wherever that is exact).
+
+    `pack`: prompts and responses stand one after the other in rows of at most that many tokens."""
+    if pack is not None: return packed_logits(model, rollouts, pack)
     r, t = rollouts, rollouts.tokens.shape[1]
     if share is None: share = shares_prompts(model)
     for_prompt, for_response = _positions(r.prompt_mask, t - 1)
@@ -78,11 +80,12 @@ def mean_logp(logits: PerVocab) -> PerToken:
     return logits.mean(-1) - logits.logsumexp(-1)
 
 
-def token_logps(model, rollouts: Rollouts, temperature: float = 1.0, share: bool | None = None) -> tuple[PerToken, PerVocab]:
+def token_logps(model, rollouts: Rollouts, temperature: float = 1.0, share: bool | None = None,
+                pack: int | None = None) -> tuple[PerToken, PerVocab]:
     """The trainer's log pi of each response token (0 on padding), with gradient, and the logits in float32 that they came from.
 
     Where the rollouts say which tokens the sampler kept, log pi is that of the policy truncated to the same sets."""
-    logits = response_logits(model, rollouts, share)
+    logits = response_logits(model, rollouts, share, pack)
     if logits.dtype != torch.float64: logits = logits.float()
     if temperature != 1: logits = logits / temperature
     chosen = logits.gather(-1, rollouts.tokens[..., None])[..., 0]
