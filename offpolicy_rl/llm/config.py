@@ -50,6 +50,7 @@ class TrainConfig:
     group_size: int = 16               # responses to each prompt
     max_tokens: int | None = None      # of a response; None: the task's
     micro_batch: int | None = None     # responses in one forward pass; None: all
+    pack: int | None = None            # tokens of a row into which prompts and responses are put one after the other; None: a row for each response
     lr: float = 3e-4
     critic_lr: float = 1e-3            # of the critic, where the recipe names `value`
     final_lr: float | None = None      # at the last update, reached along a straight line; None: `lr` throughout
@@ -97,7 +98,7 @@ class TrainConfig:
         for name in ("steps", "prompts_per_step", "group_size", "eval_every", "eval_prompts", "window", "minibatches", "keep_checkpoints"):
             _at_least(self, name, 1)
         for name in ("warmup", "save_every", "weight_decay", "keep_rollouts", "top_k", "replay", "lora"): _at_least(self, name, 0)
-        for name in ("max_tokens", "micro_batch", "threads", "replay_age", "replay_memory", "logp_chunk"):
+        for name in ("max_tokens", "micro_batch", "pack", "threads", "replay_age", "replay_memory", "logp_chunk"):
             if getattr(self, name) is not None: _at_least(self, name, 1)
         for name in ("lr", "critic_lr", "grad_clip", "temperature", "verify_timeout"):
             if not 0 < getattr(self, name) < math.inf: raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")

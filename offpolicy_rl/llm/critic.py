@@ -26,9 +26,9 @@ def without_output_layer(model) -> Iterator[None]:
 
 
 @torch.no_grad()
-def hidden_states(model, rollouts: Rollouts) -> PerVocab:
+def hidden_states(model, rollouts: Rollouts, pack: int | None = None) -> PerVocab:
     "The policy's last hidden state before each response token (b, t, width), in float32, without gradient."
-    with without_output_layer(model): return response_logits(model, rollouts).float()
+    with without_output_layer(model): return response_logits(model, rollouts, pack=pack).float()
 
 # %% ../../nbs/llm/critic.ipynb #76eeb2f3
 class Critic(torch.nn.Module):

@@ -23,6 +23,7 @@ from .engine import mean_logp, token_entropy, token_logps
 from .logp import fits, model_logps
 from .metrics import off_policyness, scalars
 from .model import load
+from .pack import check_packs
 from .parallel import add_up, in_turn, join, place
 from .pieces import ignores_equals, independent
 from .rollouts import Rollouts, pad_right
@@ -70,6 +71,8 @@ class Learner:
         if c.autocast == "float16": raise ValueError("autocast: in float16 gradients vanish unless losses are scaled, which is not done; expected bfloat16")
         if c.autocast is not None and c.dtype != "float32":
             raise ValueError(f"autocast: it stands beside float32 weights, got dtype={c.dtype!r}; expected dtype='float32' or autocast=None")
+        for model in (self.model, self.reference, self.proximal):
+            if c.pack is not None and model is not None: check_packs(model)     # while they are whole
         if c.logp_chunk is None: return
         if "logits" in named: raise ValueError(f"logp_chunk: recipe {self.recipe.name!r} needs whole distributions (logits); expected None, got {c.logp_chunk}")
         if not fits(self.model): raise ValueError(f"logp_chunk: {type(self.model).__name__} does more to its logits than a linear layer; expected None")
@@ -99,7 +102,8 @@ class Learner:
         if self.config.shard: count = world * math.ceil(count / world)
         if count == 1: return [rows] if len(rows) else []
         length = ((r.mask != 0) * torch.arange(1, r.mask.shape[1] + 1, device=rows.device)).amax(1)
-        tokens = lambda part: len(part) * int(length[part].max()) + len(r.group[part].unique()) * r.prompt_ids.shape[1]
+        read = lambda part: int(length[part].sum()) if self.config.pack else len(part) * int(length[part].max())
+        tokens = lambda part: read(part) + len(r.group[part].unique()) * r.prompt_ids.shape[1]
         orders = rows, rows[length[rows].argsort(stable=True)]
         best = min((order.tensor_split(count) for order in orders), key=lambda parts: sum(tokens(part) for part in parts if len(part)))
         return list(best[rank::world])
@@ -123,8 +127,8 @@ class Learner:
     def one_pass(self, model, r: Rollouts, entropy: bool | str, mean: bool, logits: bool) -> dict[str, Tensor]:
         "The same of responses that differ, all in one pass."
         c = self.config
-        if c.logp_chunk is not None: return model_logps(model, r, c.temperature, entropy=entropy, mean=mean, chunk=c.logp_chunk, checked=True)
-        logp, whole = token_logps(model, r, c.temperature)
+        if c.logp_chunk is not None: return model_logps(model, r, c.temperature, entropy=entropy, mean=mean, pack=c.pack, chunk=c.logp_chunk, checked=True)
+        logp, whole = token_logps(model, r, c.temperature, pack=c.pack)
         out = dict(logp=logp)
         if entropy:
             with torch.set_grad_enabled(entropy is True and torch.is_grad_enabled()): out["entropy"] = token_entropy(whole, r.kept) * r.mask
@@ -152,7 +156,7 @@ class Learner:
 
     def hidden(self, rollouts: Rollouts) -> Tensor:
         "What the critic reads."
-        read = lambda part: dict(hidden=self.reading(self.model, lambda model: hidden_states(model, part)))
+        read = lambda part: dict(hidden=self.reading(self.model, lambda model: hidden_states(model, part, self.config.pack)))
         with self.passing(): return self.over(rollouts, read)["hidden"]
 
     def behaviour(self):

@@ -161,7 +161,8 @@ def fits(model) -> bool:
     v, d = layer.weight.shape
     ids = torch.linspace(0, v - 1, 8, device=layer.weight.device).long()[None]
     with torch.random.fork_rng():
-        states = _replaced(model, torch.nn.Identity(), ids)
+        try: states = _replaced(model, torch.nn.Identity(), ids)
+        except AttributeError: return False      # it looks at its output layer's weight
         if states.shape[-1] != d: return False
         loud = torch.nn.Linear(d, min(d, v), bias=layer.bias is not None, device=layer.weight.device, dtype=layer.weight.dtype)
         torch.nn.init.eye_(loud.weight).mul_(100 / states.abs().max())
@@ -179,13 +180,13 @@ def _linear(head: torch.nn.Linear, states: Tensor, logits: Tensor) -> bool:
 
 # %% ../../nbs/llm/logp.ipynb #c7f242cf
 def model_logps(model, rollouts: Rollouts, temperature: float = 1.0, *, entropy: bool | str = False, mean: bool = False,
-                share: bool | None = None, chunk: int | None = None, checked: bool = False) -> dict[str, PerToken]:
+                share: bool | None = None, pack: int | None = None, chunk: int | None = None, checked: bool = False) -> dict[str, PerToken]:
     """What `token_logps`, `token_entropy` and `mean_logp` give (0 on padding), without the logits.
 
     A model that does more to its logits than `fits` allows is refused; `checked` says that this has been asked before."""
     if not checked and not fits(model):
         raise ValueError(f"model: {type(model).__name__} does more to its logits than a linear output layer; take token_logps, which makes them all")
     layer = model.get_output_embeddings()
-    with without_output_layer(model): states = response_logits(model, rollouts, share)
+    with without_output_layer(model): states = response_logits(model, rollouts, share, pack)
     return chunked_logp(states, layer.weight, rollouts.tokens, bias=layer.bias, temperature=temperature, mask=rollouts.mask,
                         kept=rollouts.kept, chunk=chunk, entropy=entropy, mean=mean)
