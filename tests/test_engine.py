@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("transformers")
 import torch
 from forks import ended, fork
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from offpolicy_rl.core import Advantage, PerToken, TokenMask, method
 from offpolicy_rl.llm import parallel
@@ -41,6 +41,32 @@ def loaded(): return load("embedded", "sort", 0)
 
 
 def seeded(n: int) -> torch.Generator: return torch.Generator().manual_seed(n)
+
+
+# models that remember in other ways
+
+KINDS = dict(mistral=dict(sliding_window=4), rwkv=dict(), mamba=dict(state_size=8), lfm2=dict(layer_types=["conv", "full_attention"]),
+             falcon_h1=dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_ssm=64))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_log_probs_are_those_of_a_row_that_is_read_alone(loaded, kind):
+    "Of a window or a recurrent state, with prompts of unequal lengths: what the engine reports, and what the trainer finds."
+    usual = dict(vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                 max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **usual, **KINDS[kind])).float().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1: p.normal_(std=0.2)
+    r = HFEngine(model, loaded[1]).sample(PROMPTS, 3, 8, generator=seeded(0))
+    logp = token_logps(model, r)[0]
+    for i in range(len(r)):
+        n, prompt = int(r.mask[i].sum()), r.prompt_ids[r.group[i]][r.prompt_mask[r.group[i]]]
+        logits = model(torch.cat([prompt, r.tokens[i, :n]])[None], use_cache=False).logits[0, -n - 1:-1]
+        alone = logits.log_softmax(-1).gather(1, r.tokens[i, :n, None])[:, 0]
+        assert (alone - r.logp_mu[i, :n]).abs().max() < 2e-5 and (alone - logp[i, :n]).abs().max() < 2e-5
+    assert len({tuple(row) for row in r.tokens.tolist()}) > 8
 
 
 # a world that can be enumerated: five tokens, of which one ends, at most three of them

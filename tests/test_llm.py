@@ -314,7 +314,7 @@ def test_a_sampler_fills_the_batch_with_prompts_that_differ_in_reward():
 def test_a_sampler_that_finds_nothing_leaves_the_batch_as_it_is():
     own = replace(recipe("dapo"), sampler=partial(recipe("dapo").sampler, rounds=2), reward=None)
     trainer = Trainer(TrainConfig(recipe=own, **SHORT))
-    trainer.rewards = lambda rollouts: torch.ones(len(rollouts))
+    trainer.marks = lambda rollouts, rows: [1.0] * len(rows)
     row = trainer.advance()
     assert row["rounds"] == 2 and row["reward"] == 1 and row["gradient_norm"] == 0
 
