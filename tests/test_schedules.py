@@ -1,5 +1,6 @@
 "Off-policyness on purpose: who waits for whom, replay, where the old log-probabilities come from, and an engine in another process."
 
+import json
 import math
 import os
 import random
@@ -7,6 +8,7 @@ import re
 import signal
 import time
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 
@@ -381,6 +383,54 @@ def test_interpolation_only_rescales_the_ratio(alpha):
     ratio, whole = (batch["logp"] - batch["logp_old"])[mask], (batch["logp"] - batch["logp_mu"])[mask]
     assert whole.abs().max() > 0.05
     torch.testing.assert_close(ratio, (1 - alpha) * whole, atol=1e-6, rtol=0)
+
+
+# schedules beside a replay buffer
+
+def fresh_ages(config: TrainConfig, steps: int) -> dict[int, list[int]]:
+    "How old the fresh samples of each update were that took some; every batch is a whole one."
+    trainer, ages = Trainer(config), {}
+    for step in range(steps):
+        trainer.advance()
+        assert len(trainer.batch["mask"]) == config.prompts_per_step * config.group_size
+        if trainer.fresh: ages[step] = sorted({step - v for r in trainer.fresh for v in r.version.tolist()})
+    return ages
+
+
+@pytest.mark.parametrize("how, ages", [
+    (dict(mode="lag", staleness=2), {0: [0], 4: [2], 6: [2], 8: [2]}), (dict(staleness=3), {0: [0], 4: [1], 7: [1]})])
+def test_updates_that_take_no_fresh_samples_count(how, ages):
+    "A batch that is replayed whole is an update as any other: what is k updates old stays so."
+    config = TrainConfig(**{**SHORT, "steps": 10}, recipe="topr", replay=16, replay_share=1.0, replay_age=3, **how)
+    assert fresh_ages(config, 10) == ages
+
+
+def test_async_batches_beside_a_buffer_are_whole_and_not_too_old(lent):
+    "Also after requests that were made while half of a batch was to be replayed, and after updates that took nothing."
+    for share, age in ((0.5, 3), (1.0, 5)):
+        config = TrainConfig(**{**SHORT, "steps": 20}, recipe="topr", mode="async", staleness=2, replay=32, replay_share=share, replay_age=age)
+        ages = fresh_ages(config, 14)
+        assert max(map(max, ages.values())) <= 2 and (len(ages) < 14) == (share == 1)
+        lent.close()
+
+
+def test_a_sampler_beside_a_buffer():
+    "An update that is replayed whole has nothing fresh to choose from."
+    trainer = Trainer(TrainConfig(**SHORT, recipe="dapo", replay=16, replay_share=1.0))
+    rows = [trainer.advance() for _ in range(3)]
+    assert [row["replayed"] for row in rows] == [0, 1, 1]
+
+
+def test_a_buffer_tells_the_versions_of_all_tokens():
+    r = rollouts(5, [1])      # three tokens
+    r.token_version = torch.tensor([[4, 4, 6]]).expand_as(r.tokens)
+    buffer = ReplayBuffer(8)
+    buffer.add(r)
+    assert buffer.versions() == {4, 6}
+    again = ReplayBuffer(8)
+    tensors, state, _ = buffer.state()
+    again.restore(tensors, json.loads(json.dumps(state)), Path())
+    assert again.versions() == {4, 6}
 
 
 # an engine on a device of its own that takes turns with the updates

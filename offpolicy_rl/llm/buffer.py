@@ -27,6 +27,7 @@ class Group:
     size: int
     version: int
     weight: float
+    versions: list[int]         # of all its tokens
     held: Rollouts | None = None
     path: Path | None = None
 
@@ -46,7 +47,7 @@ class ReplayBuffer:
 
     def __len__(self) -> int: return sum(g.size for g in self.groups)
 
-    def versions(self) -> set[int]: return {g.version for g in self.groups}
+    def versions(self) -> set[int]: return {version for g in self.groups for version in g.versions}
 
     def add(self, rollouts: Rollouts) -> None:
         "Store rollouts with their rewards, group by group."
@@ -54,7 +55,8 @@ class ReplayBuffer:
             part = rollouts.take((rollouts.group == number).nonzero()[:, 0]).to("cpu")
             success = int((part.reward >= 1).sum())
             weight = (success + 1) / (len(part) + 2) if self.by == "success" else 1.0
-            self.groups.append(Group(self.made, len(part), int(part.version.min()), weight, part))
+            wrote = part.version if part.token_version is None else part.token_version[part.mask != 0]
+            self.groups.append(Group(self.made, len(part), int(part.version.min()), weight, wrote.unique().tolist(), part))
             self.made += 1
         while len(self) > self.capacity: self._drop(self.groups[0])
         self._spill()
@@ -93,7 +95,7 @@ class ReplayBuffer:
         "All of it for a checkpoint: tensors, plain values, and the files that are on the disk already."
         tensors, rows = {}, []
         for g in self.groups:
-            row = dict(number=g.number, size=g.size, version=g.version, weight=g.weight)
+            row = dict(number=g.number, size=g.size, version=g.version, weight=g.weight, versions=g.versions)
             if g.held is not None:
                 named, row["facts"] = rollouts_parts(g.held)
                 tensors |= {f"{g.number}/{name}": x for name, x in named.items()}

@@ -68,6 +68,7 @@ class Collector(Learner):
         self.fresh, self.stored, self.timeouts = [], None, 0
         oldest, stored = self.schedule.oldest(), set() if self.buffer is None else self.buffer.versions()
         self.old.begin(self.step, self.model, lambda version: version >= oldest or version in stored)
+        self.schedule.begin(self)
         if self.buffer is None: return self.chosen()
         self.stored = self.buffer.draw(replayed_groups(self.config), self.step, self.rng, str(self.model.device))
         if self.planned() == 0: return self.stored
@@ -81,11 +82,14 @@ class Collector(Learner):
         return self.config.prompts_per_step - (0 if self.stored is None else len(self.stored.prompts))
 
     def chosen(self) -> Rollouts:
-        """Fresh rollouts. A recipe's sampler chooses among them; where too few prompts are left, the trainer samples again, as often as the sampler allows.
+        """Fresh rollouts, as many as are planned or more.
 
-        Where none is left at all, the last batch is taken as it is."""
-        if self.sampler is None: return self.schedule.next(self)
+        A recipe's sampler chooses among them; where too few prompts are left, the trainer samples again, as often as the sampler allows. Where none is
+        left at all, the last batch is taken as it is."""
         kept, planned = [], self.planned()
+        if self.sampler is None:
+            while sum(len(r.prompts) for r in kept) < planned: kept.append(self.schedule.next(self))     # one, unless fewer were asked for when it was
+            return joined(kept)
         while len(self.fresh) < self.sampler.rounds and sum(len(r.prompts) for r in kept) < planned:
             chosen = self.select(fresh := self.schedule.next(self))
             if len(chosen): kept.append(fresh.take(chosen))

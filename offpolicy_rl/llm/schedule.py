@@ -29,6 +29,7 @@ from ..recipes import Recipe
 class Schedule(Protocol):
     "Hands out fresh rollouts, with rewards. `trainer` has the policy, the prompts and the verifier."
     engine: Engine
+    def begin(self, trainer) -> None: ...       # an update, which may need no fresh rollouts
     def next(self, trainer) -> Rollouts: ...
     def oldest(self) -> int: ...
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]: ...
@@ -46,11 +47,12 @@ class Stale:
         "Keep the engine's weights for a checkpoint where it cannot tell them."
         if self.k != 1 and not isinstance(self.engine, HFEngine): self.held = {name: p.clone() for name, p in weights(model).items()}
 
-    def next(self, trainer) -> Rollouts:
-        if self.k != "offline" and trainer.step % self.k == 0 and self.engine.version != trainer.step:
-            trainer.hand_over(self.engine, trainer.step)
-            self._hold(trainer.model)
-        return trainer.answers(self.engine)
+    def begin(self, trainer) -> None:
+        if self.k == "offline" or trainer.step % self.k or self.engine.version == trainer.step: return
+        trainer.hand_over(self.engine, trainer.step)
+        self._hold(trainer.model)
+
+    def next(self, trainer) -> Rollouts: return trainer.answers(self.engine)
 
     def oldest(self) -> int: return self.engine.version
 
@@ -73,10 +75,12 @@ class Lag:
 
     def __init__(self, engine: Engine, k: int): self.engine, self.k, self.kept = engine, k, deque()
 
-    def next(self, trainer) -> Rollouts:
+    def begin(self, trainer) -> None:
         if not self.kept or self.kept[-1][0] != trainer.step:
             self.kept.append((trainer.step, {name: p.clone() for name, p in weights(trainer.model).items()}))
         while len(self.kept) > self.k + 1: self.kept.popleft()
+
+    def next(self, trainer) -> Rollouts:
         self._give(trainer)
         return trainer.answers(self.engine)
 
@@ -159,6 +163,8 @@ class Periodic:
 
     def __init__(self, engine: EngineProcess | Together, by: str, size: int): self.engine, self.by, self.size = engine, by, size
 
+    def begin(self, trainer) -> None: pass
+
     def next(self, trainer) -> Rollouts:
         if self.engine.version != trainer.step: trainer.hand_over(self.engine, trainer.step)
         asked = trainer.requests(self.size)
@@ -185,14 +191,17 @@ class Async:
         self.engine, self.k, self.partial = engine, k, partial
         self.flying: dict[int, tuple[int, dict[str, Any]]] = {}  # by number: the version that was out when it was asked for, and the request
 
+    def begin(self, trainer) -> None: pass
+
     def next(self, trainer) -> Rollouts:
         if self.engine.version != trainer.step: trainer.hand_over(self.engine, trainer.step)
-        while len(self.flying) <= self.k: self._ask(*trainer.requests())
         trainer.measured |= dict(queue=float(self.engine.waiting()))
-        with trainer.clock("waiting"): number, rollouts, seconds = self.engine.collect()
-        del self.flying[number]
-        trainer.spent["sampling"] += seconds
-        return trainer.rewarded(rollouts)
+        while True:
+            while len(self.flying) <= self.k: self._ask(*trainer.requests())
+            with trainer.clock("waiting"): number, rollouts, seconds = self.engine.collect()
+            del self.flying[number]
+            trainer.spent["sampling"] += seconds
+            if trainer.step - rollouts.version.min() <= self.k: return trainer.rewarded(rollouts)      # else it came too late, after updates that took none
 
     def _ask(self, request: dict[str, Any]) -> None:
         self.flying[self.engine.submit(**request, partial=self.partial)] = self.engine.version, request

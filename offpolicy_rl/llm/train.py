@@ -54,7 +54,7 @@ class Trainer(Collector):
         self.spent.clear()
         self.measured = {}
         with self.clock("sampling"): rollouts = self.sample()
-        with self.clock("training"): row = self.update(rollouts, None if self.sampler is None else joined(self.fresh))
+        with self.clock("training"): row = self.update(rollouts, joined(self.fresh) if self.sampler is not None and self.fresh else None)
         row |= self.measures(rollouts)
         if first() and self.config.keep_rollouts and (self.step + 1) % self.config.keep_rollouts == 0: self.keep(rollouts, self.batch)
         self.step += 1
