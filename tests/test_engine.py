@@ -20,12 +20,15 @@ from offpolicy_rl.llm import parallel
 from offpolicy_rl.llm.adapter import merged_weights, with_adapter
 from offpolicy_rl.llm.config import TrainConfig
 from offpolicy_rl.llm.engine import HFEngine, token_entropy, token_logps
+from offpolicy_rl.llm.checkpoint import checkpoints
 from offpolicy_rl.llm.learner import Learner
+from offpolicy_rl.llm.master import Masters
 from offpolicy_rl.llm.model import embedded_model, load
 from offpolicy_rl.llm.pieces import ignores_equals, independent
 from offpolicy_rl.llm.rollouts import Rollouts, joined
 from offpolicy_rl.llm.sampling import Sampling, race
 from offpolicy_rl.llm.tasks import draw, task
+from offpolicy_rl.llm.train import Trainer
 from offpolicy_rl.ratios.tis import keep_min_p, keep_top_k, keep_top_p
 from offpolicy_rl.recipes import Recipe, recipe
 
@@ -399,7 +402,8 @@ def test_checkpointing_keeps_fewer_activations():
 
 @pytest.mark.parametrize("how, message", [
     (dict(autocast="float16"), "autocast: in float16 gradients vanish"),
-    (dict(autocast="bfloat16", dtype="bfloat16"), "autocast: it stands beside float32 weights")])
+    (dict(autocast="bfloat16", dtype="bfloat16"), "autocast: it stands beside float32 weights"),
+    (dict(dtype="float16"), "dtype: in float16 gradients vanish .*expected bfloat16")])
 def test_options_that_do_not_go_together(how, message):
     with pytest.raises(ValueError, match=message): Learner(TrainConfig(recipe="grpo", task="sort", **how))
 
@@ -462,3 +466,29 @@ def test_two_processes_find_the_gradient_of_one(tmp_path):
             assert (torch.tensor(share["grad"]) - expected).norm() < 1e-5 * expected.norm()
             for key in ("norm", "loss", "kl"): assert share[key] == pytest.approx(alone[key], rel=1e-4, abs=1e-6)
             if alone["name"] != "self_normalised_is": assert share["read"] < 0.75 * alone["read"]      # that one needs two passes in pieces
+
+
+def test_weights_in_half_precision_learn_at_a_small_learning_rate(tmp_path):
+    "They follow copies in float32, which go as far as weights in float32 do, and which a checkpoint holds."
+    moved = []
+    for dtype in ("float32", "bfloat16"):
+        trainer = Trainer(TrainConfig(recipe="reinforce", task="sort", lr=1e-6, warmup=0, prompts_per_step=4, group_size=4, eval_prompts=4, micro_batch=6,
+                                      dtype=dtype))
+        start = torch.cat([p.detach().flatten() for p in trainer.trained])
+        for _ in range(5): trainer.advance()
+        moved.append((torch.cat([p.detach().flatten() for p in trainer.trained]) - start).norm().item())
+    assert 0.8 < moved[1] / moved[0] < 1.25
+    weights = list(trainer.model.parameters())
+    assert all(p.dtype == torch.bfloat16 and torch.equal(p, copy.bfloat16()) and p.grad is None for p, copy in zip(weights, trainer.trained))
+    trainer.save(tmp_path)
+    other = Trainer(trainer.config)
+    other.restore(checkpoints(tmp_path)[-1])
+    for t in (trainer, other): t.advance()
+    assert all(torch.equal(p, q) for p, q in zip(trainer.trained, other.trained)) and trainer.trained[0].dtype == torch.float32
+
+
+def test_gradients_of_weights_in_half_precision_are_added_up_in_float32():
+    model = torch.nn.Linear(3, 1, bias=False).bfloat16()
+    masters = Masters(model)
+    for x in (256.0, 1.0, 1.0, 1.0): (model.weight * x).sum().backward()      # in bfloat16, 256 + 1 is 256
+    assert masters.trained[0].grad.tolist() == [[259.0] * 3] and model.weight.grad is None

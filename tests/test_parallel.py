@@ -103,7 +103,8 @@ with parallel.in_turn():
             AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=len(trainer.tokenizer), **ends, **how)).save_pretrained(folder)
             trainer.tokenizer.save_pretrained(folder)
 hows = {kind: dict(recipe="ppo", model=str(Path(sys.argv[2]) / kind), micro_batch=8) for kind in architectures}
-hows |= dict(reference=dict(recipe="grpo_k3", micro_batch=8), passes=dict(recipe="self_normalised_is", logp_chunk=11, micro_batch=7),
+hows |= dict(reference=dict(recipe="grpo_k3", micro_batch=8), packed=dict(recipe="grpo_k3", pack=64, micro_batch=5),
+            passes=dict(recipe="self_normalised_is", logp_chunk=11, micro_batch=7),
             adapter=dict(recipe="reinforce", lora=4, gradient_checkpointing=True), critic=dict(recipe="vtrace"))
 for name, how in hows.items():
     found = []
@@ -139,7 +140,8 @@ out["evaluated in parts"] = []
 for _ in range(3):      # after each evaluation the engine still hears of the new version
     trainer.advance()
     out["evaluated in parts"].append((trainer.fresh[-1].version.unique().tolist(), sorted(trainer.old.kept), trainer.record["steps"]["kl"][-1]))
-for name, how in dict(prompts_per_step=dict(prompts_per_step=1), eval_prompts=dict(eval_prompts=1), compile=dict(shard=True, compile=True)).items():
+for name, how in dict(prompts_per_step=dict(prompts_per_step=1), eval_prompts=dict(eval_prompts=1), compile=dict(shard=True, compile=True),
+                      shard=dict(shard=True, dtype="bfloat16")).items():
     try: Trainer(TrainConfig(**{**small, **how}))
     except ValueError as error: out[name] = str(error)
 trainer = Trainer(TrainConfig(**small, staleness="offline", out=sys.argv[2]))
@@ -220,7 +222,8 @@ def test_greedy_evaluation_is_that_of_one_process(runs):
 
 
 @pytest.mark.parametrize("field,expected", [("prompts_per_step", "2 processes, got 1"), ("eval_prompts", "2 processes, got 1"),
-                                            ("compile", "False with shard, got True")])
+                                            ("compile", "False with shard, got True"),
+                                            ("shard", "dtype='float32', with autocast='bfloat16' or without, got 'bfloat16'")])
 def test_what_several_processes_cannot_do_is_said(runs, field, expected):
     assert runs.found[field].startswith(f"{field}: ") and expected in runs.found[field]
 
@@ -237,7 +240,7 @@ def test_a_batch_may_have_fewer_responses_than_there_are_processes(runs, recipe)
     assert found["read"] == 0 and found["norm"] > 1e-3 and found["apart"] <= 1e-6 * found["norm"]
 
 
-@pytest.mark.parametrize("case", ["reference", "passes", "adapter", "critic", *ARCHITECTURES])
+@pytest.mark.parametrize("case", ["reference", "packed", "passes", "adapter", "critic", *ARCHITECTURES])
 def test_with_weights_in_parts_updates_are_those_with_whole_ones(runs, case):
     "Gradients of a batch and of a single response, the weights after three updates and what these report: equal but for the order of float32 sums."
     found = runs.found[f"shard {case}"]

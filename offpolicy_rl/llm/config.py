@@ -63,7 +63,7 @@ class TrainConfig:
     eval_prompts: int = 512
     seed: int = 0
     device: str = "cpu"
-    dtype: str = "float32"             # of the trained weights
+    dtype: str = "float32"             # of the trained weights; the optimiser moves copies in float32 of those in bfloat16
     engine_dtype: str | None = None    # of the sampling weights; None: the same
     engine_device: str | None = None   # of the sampling weights; of several processes the first one's, and the others take the next GPUs; None: the same
     sync_limit: float | None = None    # nats by which vLLM's log-probs may differ after a sync; 0: not checked; None: 0.1 in float32, else 0.5

@@ -21,6 +21,7 @@ from .config import TrainConfig, proximal_apart, resolve
 from .critic import Critic, hidden_states
 from .engine import mean_logp, token_entropy, token_logps
 from .logp import fits, model_logps
+from .master import Masters
 from .metrics import off_policyness, scalars
 from .model import load
 from .pack import check_packs
@@ -53,7 +54,8 @@ class Learner:
         self.whole, self.sharded = self.model, {}       # what to sample with; and models of which this process has a part
         if config.shard: self.share_out(device)
         self.compiled = torch.compile(self.model.forward, dynamic=True) if config.compile else None
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.masters = Masters(self.model)
+        self.trained = self.masters.trained
         self.optimizer = torch.optim.AdamW(self.trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
         self.step = 0
 
@@ -68,6 +70,8 @@ class Learner:
         c, named = self.config, self.recipe.inputs
         if c.shard and place()[1] == 1: raise ValueError("shard: expected several processes (torchrun --nproc-per-node N -m offpolicy_rl ...), got one")
         if c.shard and c.compile: raise ValueError("compile: expected False with shard, got True")
+        if c.shard and c.dtype != "float32": raise ValueError(f"shard: expected dtype='float32', with autocast='bfloat16' or without, got {c.dtype!r}")
+        if c.dtype == "float16": raise ValueError("dtype: in float16 gradients vanish unless losses are scaled, which is not done; expected bfloat16")
         if c.autocast == "float16": raise ValueError("autocast: in float16 gradients vanish unless losses are scaled, which is not done; expected bfloat16")
         if c.autocast is not None and c.dtype != "float32":
             raise ValueError(f"autocast: it stands beside float32 weights, got dtype={c.dtype!r}; expected dtype='float32' or autocast=None")
@@ -266,6 +270,7 @@ class Learner:
                 raise FloatingPointError(f"step {self.step}: the {name} is {x.item()}; try a learning rate below {self.config.lr:g}")
         taught = self.teach(rollouts, batch, seen)
         self.optimizer.step()
+        self.masters.follow()
         self.batch = batch
         r, reward = rollouts, (rollouts if seen is None else seen).reward
         means = dict(reward=reward.mean(), success=(reward >= 1).float().mean(), loss=loss, gradient_norm=norm,

@@ -109,7 +109,7 @@ class Trainer(Collector):
         "Write a checkpoint. One process does; where weights are in parts, all bring theirs."
         if not (first() or self.config.shard): return
         tensors, state, links = self.collected()
-        tensors |= dict(model=weights(self.model), optimizer=optimizer_tensors(self.optimizer))
+        tensors |= dict(model=weights(self.model) | self.masters.copies, optimizer=optimizer_tensors(self.optimizer))
         for name in ("reference", "critic"):
             if getattr(self, name) is not None: tensors[name] = weights(getattr(self, name))
         if self.critic is not None: tensors["critic_optimizer"] = optimizer_tensors(self.critic.optimizer)
@@ -122,6 +122,7 @@ class Trainer(Collector):
         same_config(self.record["config"], state["record"]["config"], path)
         if "schedule" not in state: raise ValueError(f"{path} was written by an older version of this package: start afresh")
         set_weights(self.model, tensors["model"])
+        self.masters.restore(tensors["model"])
         set_optimizer_tensors(self.optimizer, tensors["optimizer"])
         for name in ("reference", "critic"):
             if name in tensors: set_weights(getattr(self, name), tensors[name])
