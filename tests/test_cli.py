@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 
 from offpolicy_rl.core import catalogue
 from offpolicy_rl.llm import record as llm_record, tasks as llm_tasks
-from offpolicy_rl.llm.cli import COMMANDS, main, parse
+from offpolicy_rl.llm.cli import COMMANDS, config_values, main, parse
 from offpolicy_rl.llm.model import embedded_path
 from offpolicy_rl.llm.record import read_record
 from offpolicy_rl.llm.tasks import Sort
@@ -77,7 +77,8 @@ def test_every_recipe_has_its_knobs_as_flags(name):
     ("train --neg-cap -1", "neg_cap: expected a number in [0, inf], got -1.0"), ("train --group-size 1", "group_size: recipe 'topr' compares"),
     ("train --staleness 0", "expected a number of updates of at least 1, or offline"),
     ("train --steps 0", "steps: expected a number of at least 1"), ("train --lr -1", "lr: expected a positive number"), ("train --device cuda:77", "cuda:77"),
-    ("train --recipe ppo --neg-cap 1", "--neg-cap"), ("compare --jobs 0", "jobs: expected at least 1"), ("compare --seeds 0 0", "two runs have the same"),
+    ("train --recipe ppo --neg-cap 1", "--neg-cap"), ("train --engine vllm --engine-options max_len", "expected NAME=VALUE, got 'max_len'"),
+    ("compare --jobs 0", "jobs: expected at least 1"), ("compare --seeds 0 0", "two runs have the same"),
     ("report /no/such/folder", "no run records"), ("fly", "invalid choice: 'fly'"), ("", "required")])
 def test_what_a_user_can_put_right_is_one_line(line, message, offpolicy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -90,6 +91,12 @@ class Fragile(Sort):
     "Its verifier does not survive the first response, and says so at length."
     name, inline = "fragile", False
     def verify(self, prompt, response): raise KeyError("no answer is known,\nneither here\nnor there")
+
+
+def test_options_of_an_engine_are_read_by_name():
+    line = "train --engine vllm --engine-options max_len=4096 gpu_memory_utilization=0.3 eager=true quantization=fp8"
+    values = config_values(parse(line.split()))
+    assert values["engine_options"] == dict(max_len=4096, gpu_memory_utilization=0.3, eager=True, quantization="fp8")
 
 
 def test_a_verifier_that_raises_an_error_is_one_line(offpolicy, tmp_path, monkeypatch):

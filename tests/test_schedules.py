@@ -459,6 +459,7 @@ def test_an_engine_on_a_device_of_its_own(lent, tmp_path, how, ages):
     (dict(partial=True), "partial: .*got mode sync with engine hf"), (dict(partial=True, mode="async", engine="vllm"), "partial: .*with engine vllm"),
     (dict(engine="sglang"), "engine: expected one of hf, vllm, vllm-server, http"),
     (dict(engine_device="cpu", engine="http://a:1"), "engine_device: a server at an address has its own device; expected None, got 'cpu'"),
+    (dict(engine_options=dict(max_len=64)), "engine_options: these are vLLM's; expected none with engine hf, got {'max_len': 64}"),
     (dict(sync_limit=-1.0), "sync_limit: expected None or a number of at least 0, got -1.0"),
     (dict(replay=4), "replay: expected room for at least the 128 responses"), (dict(replay_age=2), "replay_age: nothing is stored with replay=0"),
     (dict(replay=512, replay_share=0.01), "replay_share: 0.01 of 16 prompts is less than one group"),

@@ -31,11 +31,13 @@ from offpolicy_rl.llm.adapter import with_adapter
 from offpolicy_rl.llm.config import TrainConfig
 from offpolicy_rl.llm.engine import HFEngine, response_logits, token_logps
 from offpolicy_rl.llm.fidelity import SyncCheck, fidelity, mismatch, sync_limit, verify_sync
-from offpolicy_rl.llm.model import char_tokenizer, embedded_model, encode, load
+from offpolicy_rl.llm.model import char_tokenizer, embedded_model, embedded_path, encode, load
+from offpolicy_rl.llm.tasks import task
 from offpolicy_rl.llm.train import Trainer, train
 from offpolicy_rl.llm.verify import Failed
 from offpolicy_rl.llm.vllm import (VLLMEngine, VLLMServer, call, engine_weights, import_vllm, start_watched, stop_watched, told, write_model,
                                    write_weights)
+from offpolicy_rl.llm.worker import EngineProcess, make_engine
 from offpolicy_rl.ratios.tis import keep_min_p, keep_top_k, keep_top_p, token_logp
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -209,7 +211,12 @@ def test_truncated_sampling(engine, tied, temperature, top_p, top_k, min_p):
 @in_its_environment
 def test_kept_sets_are_whole_or_not_there(engine, monkeypatch):
     monkeypatch.setattr(engine, "max_kept", 3)
-    with pytest.raises(ValueError, match="max_kept: .*expected 1"): engine.sample(PROMPTS, 4, 8, 1.5, seeded(0), top_p=0.95)
+    how = dict(generator=seeded(0), temperature=1.5, top_p=0.95)
+    with pytest.raises(ValueError, match="top_k: .*may leave more of 32; expected top_k from 1 to 3, got 0"): engine.sample(PROMPTS, 4, 8, **how)
+    with pytest.raises(ValueError, match="top_k: .*got 4"): engine.sample(PROMPTS, 4, 8, top_k=4, **how)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "vocabulary", 3)
+        with pytest.raises(ValueError, match="max_kept: .*expected 1"): engine.sample(PROMPTS, 4, 8, **how)
     assert engine.sample(PROMPTS, 4, 8, 1.5, seeded(0), top_k=3).kept.shape[-1] == 3
     monkeypatch.setattr(engine, "max_kept", 0)
     assert engine.sample(PROMPTS, 4, 8, 1.5, seeded(0), top_k=3).kept is None
@@ -287,8 +294,9 @@ def test_a_sync_that_does_nothing_stops_a_run(models, engines, monkeypatch):
     "At the usual learning rate, at the first sync of other weights; the same engine, once it takes them, proves itself and is left alone."
     engines(None)
     trainer = Trainer(TrainConfig(recipe="topr", task="sort", engine="vllm", sync_limit=0.2, prompts_per_step=16, group_size=16, eval_prompts=8,
-                                  threads=1))
+                                  threads=1, engine_options=dict(max_len=48, cache_gib=0.25)))
     engine = trainer.schedule.engine
+    assert engine.max_len == 48
     trainer.advance()
     assert trainer.sync_check.before is None, "nothing was synced yet"
     with monkeypatch.context() as patch:
@@ -574,6 +582,20 @@ def test_a_server_that_cannot_start_says_why(tied, tokenizer, tmp_path, script, 
     with pytest.raises(Failed, match=f"^the vLLM server could not start: .*{why.replace('|', '[|]')}$"):
         VLLMServer(tied, tokenizer, python=str(python), folder=folder)
     assert not list(folder.iterdir())
+
+
+@outside
+def test_options_reach_a_server_of_another_process(models, tmp_path):
+    "Here the program that is to start it, which says what it was asked for and ends."
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "asked: $*"; exit 3\n', encoding="utf-8")
+    python.chmod(0o755)
+    options = dict(python=str(python), max_len=77, tensor_parallel_size=2)
+    model, tokenizer = load("embedded", "sort", 0)
+    there = EngineProcess(model, str(embedded_path(task("sort"))), "vllm-server", options=options)
+    with pytest.raises(Failed, match="exit code 3; .*asked: .*--max-model-len 77 .*--tensor-parallel-size 2"): there.sample(["31="], 1, 4)
+    with pytest.raises(Failed, match="asked: .*--max-model-len -1 .*--swap-space 3"):
+        make_engine("vllm-server", model, tokenizer, options=dict(python=str(python), swap_space=3))
 
 
 @outside

@@ -66,6 +66,7 @@ class TrainConfig:
     dtype: str = "float32"             # of the trained weights; the optimiser moves copies in float32 of those in bfloat16
     engine_dtype: str | None = None    # of the sampling weights; None: the same
     engine_device: str | None = None   # of the sampling weights; of several processes the first one's, and the others take the next GPUs; None: the same
+    engine_options: dict[str, Any] = field(default_factory=dict)       # of VLLMEngine or VLLMServer and of vLLM itself, by name
     sync_limit: float | None = None    # nats by which vLLM's log-probs may differ after a sync; 0: not checked; None: 0.1 in float32, else 0.5
     threads: int | None = None         # of torch; None: as it is
     out: str | None = None             # folder of the record and the checkpoints; None: nothing is written
@@ -150,6 +151,7 @@ def _check_schedule(c: TrainConfig) -> None:
     if c.mode in ("lag", "async") and c.staleness == "offline":
         raise ValueError(f"staleness: mode {c.mode} needs a number of updates, got 'offline'; that goes with mode sync")
     if c.mode == "periodic" and c.staleness != 1: raise ValueError(f"staleness: mode periodic is on-policy, expected 1, got {c.staleness!r}")
+    if c.engine_options and c.engine == "hf": raise ValueError(f"engine_options: these are vLLM's; expected none with engine hf, got {c.engine_options!r}")
     if c.engine_device is not None and c.engine.startswith("http"):
         raise ValueError(f"engine_device: a server at an address has its own device; expected None, got {c.engine_device!r}")
     if c.partial and (c.mode != "async" or c.engine != "hf"):

@@ -237,10 +237,11 @@ def _engine(trainer) -> Engine:
     if not apart(c):
         on_policy = c.mode == "sync" and c.staleness == 1 and (c.engine_dtype is None or c.shard)
         if on_policy and c.engine == "hf": return trainer.live
-        return make_engine(c.engine, trainer.whole, trainer.tokenizer, c.engine_dtype)
+        return make_engine(c.engine, trainer.whole, trainer.tokenizer, c.engine_dtype, options=c.engine_options)
     name = str(embedded_path(trainer.task, c.seed)) if c.model == "embedded" else c.model
     converses = trainer.task.name if hasattr(trainer.task, "reply") else None
-    start = lambda: EngineProcess(trainer.whole, name, c.engine, c.engine_dtype, next_gpu(c.engine_device), c.threads, converses, c.sync_limit)
+    start = lambda: EngineProcess(trainer.whole, name, c.engine, c.engine_dtype, next_gpu(c.engine_device), c.threads, converses, c.sync_limit,
+                                  c.engine_options)
     if place()[1] == 1: return start()
     return Together(start() if first() or not c.engine.startswith("http") else None, trainer.whole.device)      # one server has one version of the weights
 

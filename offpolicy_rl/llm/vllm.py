@@ -113,6 +113,9 @@ class _VLLM:
         if n < 1 or max_tokens < 1: raise ValueError(f"sample: expected n >= 1 and max_tokens >= 1, got {n}, {max_tokens}")
         how = Sampling(temperature, top_p, top_k, min_p)
         if 0 < temperature < 0.01 or temperature > 2: raise ValueError(f"temperature: vLLM takes 0, or 0.01 to 2, got {temperature}")
+        if how.truncates and 0 < self.max_kept < self.vocabulary and not 0 < top_k <= self.max_kept:
+            raise ValueError(f"top_k: vLLM is asked for max_kept={self.max_kept} of the tokens that truncation leaves, and top-p or min-p alone may leave more "
+                             f"of {self.vocabulary}; expected top_k from 1 to {self.max_kept}, got {top_k}")
         rows = encode(self.tokenizer, prompts)
         room = self.max_len - max(map(len, rows))
         if max_tokens > room: raise ValueError(f"max_tokens: max_len={self.max_len} leaves {room} beside the longest prompt, got {max_tokens}")
@@ -151,8 +154,7 @@ class _VLLM:
 def _settings(dtype, device, max_len, seed, cache_gib, gpu_memory_utilization) -> dict:
     "vLLM's engine arguments."
     common = dict(dtype=dtype, seed=seed, logprobs_mode="processed_logprobs", max_logprobs=-1, generation_config="vllm", enable_prefix_caching=False,
-                  use_tqdm_on_load=False)
-    if max_len is not None: common["max_model_len"] = max_len
+                  use_tqdm_on_load=False, max_model_len=-1 if max_len is None else max_len)     # -1: as much as the model can and the memory holds
     if device == "cpu": return common | dict(enforce_eager=True, kv_cache_memory_bytes=int(cache_gib * 2**30))
     return common | dict(gpu_memory_utilization=gpu_memory_utilization)
 
@@ -178,8 +180,9 @@ class VLLMEngine(_VLLM):
     """vLLM in this process, started with `model`'s weights; one at a time, for the end of one takes away what others share with it.
 
     On a CPU `cache_gib` GiB hold keys and values; on a GPU vLLM takes `gpu_memory_utilization` of its memory, the trainer needs the rest.
-    `max_len`: the most tokens of prompt and response, by default what the model can. `max_kept`: the most tokens that truncated sampling may
-    leave (0: `kept` stays None). Further `options` go to vLLM's `LLM`, for instance `enable_prefix_caching=True`."""
+    `max_len`: the most tokens of prompt and response, by default what the model can and the memory holds. `max_kept`: the most tokens that
+    truncated sampling may leave, which a larger vocabulary needs `top_k` for (0: `kept` stays None). Further `options` go to vLLM's `LLM`, for
+    instance `enable_prefix_caching=True`."""
 
     def __init__(self, model, tokenizer, *, dtype: str | torch.dtype | None = None, device: str = "cpu", max_len: int | None = None, seed: int = 0,
                  cache_gib: float = 1.0, gpu_memory_utilization: float = 0.5, max_kept: int = 64, **options):
@@ -277,16 +280,16 @@ def call(address: str, method: str, path: str, body: dict | None = None, seconds
 class VLLMServer(_VLLM):
     """vLLM as a server, started here with `model`'s weights, or at an `address`, which then gets them.
 
-    `folder`: where its files lie, by default a temporary one. `python`: that of the environment with vLLM. `flags`: more of `vllm serve`'s.
-    `restarts` counts how often a server that died was started again. The rest is as for `VLLMEngine`.
+    `folder`: where its files lie, by default a temporary one. `python`: that of the environment with vLLM. `flags`: more of `vllm serve`'s;
+    `options`: of vLLM's `LLM`, as flags. `restarts` counts how often a server that died was started again. The rest is as for `VLLMEngine`.
     Raises Failed, with the cause and the end of its log, where it cannot start, and where it does not answer."""
 
     def __init__(self, model, tokenizer, *, dtype: str | torch.dtype | None = None, device: str = "cpu", max_len: int | None = None, seed: int = 0,
                  cache_gib: float = 1.0, gpu_memory_utilization: float = 0.5, max_kept: int = 64, address: str | None = None,
                  folder: Path | str | None = None, python: str = sys.executable, flags: Sequence[str] = (),
-                 start_seconds: float = 600, answer_seconds: float = 600):
+                 start_seconds: float = 600, answer_seconds: float = 600, **options):
         self._about(model, tokenizer, dtype, device, max_kept)
-        settings = _settings(self.dtype, device, max_len, seed, cache_gib, gpu_memory_utilization)
+        settings = _settings(self.dtype, device, max_len, seed, cache_gib, gpu_memory_utilization) | options
         self._files = tempfile.TemporaryDirectory(prefix="offpolicy-vllm-", dir=folder)
         self.folder, self.process, self.restarts = Path(self._files.name), None, 0
         self.start_seconds, self.answer_seconds = start_seconds, answer_seconds

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -38,11 +39,14 @@ from .tool import respond
 from .verify import Failed
 
 # %% ../../nbs/llm/worker.ipynb #36f07aa4
-def make_engine(name: str, model, tokenizer, dtype: str | None = None, live: bool = False, device: str | None = None) -> Engine:
-    "The engine of this name for `model`; a `live` one samples with the model itself. `device`: vLLM's, `cpu` or `cuda`; by default the model's."
+def make_engine(name: str, model, tokenizer, dtype: str | None = None, live: bool = False, device: str | None = None,
+                options: Mapping[str, Any] | None = None) -> Engine:
+    """The engine of this name for `model`; a `live` one samples with the model itself.
+
+    `device`: vLLM's, `cpu` or `cuda`; by default the model's. `options`: of vLLM."""
     if name == "hf": return HFEngine(model, tokenizer, dtype, live)
     from offpolicy_rl.llm.vllm import VLLMEngine, VLLMServer
-    how = dict(dtype=dtype, device=device or model.device.type)
+    how = dict(options or {}, dtype=dtype, device=device or model.device.type)
     if name == "vllm": return VLLMEngine(model, tokenizer, **how)
     return VLLMServer(model, tokenizer, **how, address=None if name == "vllm-server" else name)
 
@@ -95,7 +99,8 @@ class _Host:
         own = spec["engine"] == "hf"  # the engine's weights are the model's; else the model only carries them to the engine
         self.model, tokenizer = load(spec["model"], device=spec["device"] if own else "cpu", dtype=(own and spec["dtype"]) or spec["trained"])
         self.model.requires_grad_(False)  # as in every engine with a copy of its own: torch multiplies by another kernel otherwise
-        self.engine = make_engine(spec["engine"], self.model, tokenizer, None if own else spec["dtype"], live=own, device=spec["device"].split(":")[0])
+        self.engine = make_engine(spec["engine"], self.model, tokenizer, None if own else spec["dtype"], live=own, device=spec["device"].split(":")[0],
+                                  options=spec["options"])
         self.renew()
 
     def listen(self) -> None:
@@ -155,16 +160,16 @@ class EngineProcess:
     """An engine in a process of its own.
 
     `name`: the folder or the hub's name that gives the model's shape and its tokenizer; the weights are those of `model`, and then of each `sync`.
-    `task`: the one with a tool, where the responses are conversations. `limit`: by how many nats vLLM may be off after a sync; 0: not checked.
+    `task`: the one with a tool, where the responses are conversations. `options`: of vLLM. `limit`: by how many nats it may be off after a sync; 0: any.
     `restarts` counts the processes that had to be started again."""
 
     def __init__(self, model, name: str, engine: str = "hf", dtype: str | None = None, device: str | None = None, threads: int | None = None,
-                 task: str | None = None, limit: float | None = None):
+                 task: str | None = None, limit: float | None = None, options: Mapping[str, Any] | None = None):
         self.version, self.edition, self.restarts, self.deaths, self.dtype, self.device = 0, 0, 0, 0, dtype, model.device
         self.folder, self.lock = scratch(sum(p.numel() * p.element_size() for p in model.parameters()))
         self.log = self.folder / "log"
         self.spec = dict(folder=str(self.folder), model=name, engine=engine, dtype=dtype, trained=str(model.dtype).removeprefix("torch."),
-                         device=str(device or model.device), threads=threads, task=task, limit=limit, parent=os.getpid())
+                         device=str(device or model.device), threads=threads, task=task, limit=limit, options=dict(options or {}), parent=os.getpid())
         others = re.compile("(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")     # a place that is this process's
         self.env = {name: x for name, x in os.environ.items() if not others.fullmatch(name)} | dict(PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
         if ":" in self.spec["device"] and engine != "hf":  # vLLM takes the first GPU that it sees
