@@ -195,7 +195,7 @@ def _compare_parser(commands) -> None:
 
 
 _SCALED = ("steps", "prompts_per_step", "group_size", "temperature", "lr", "final_lr", "warmup", "eval_every", "eval_prompts", "engine_dtype", "autocast",
-           "micro_batch", "gradient_checkpointing", "compile", "save_every", "keep_rollouts", "window")
+           "micro_batch", "pack", "gradient_checkpointing", "compile", "save_every", "keep_rollouts", "window")
 
 
 def _scale_parser(commands) -> None:

@@ -59,8 +59,8 @@ class Rollouts:
 
     def distinct(self) -> tuple["Rollouts", SequenceIds]:
         "The responses that differ from each other, and for every response the number of its like among them: a model need not read one twice."
-        columns = [self.group[:, None], self.tokens, self.mask.long(), *([] if self.kept is None else [self.kept.flatten(1).long()])]
-        differ, like = torch.cat(columns, 1).unique(dim=0, return_inverse=True)
+        columns = [self.group[:, None], self.tokens, self.mask, *([] if self.kept is None else [self.kept.flatten(1)])]
+        differ, like = torch.cat([x.int() for x in columns], 1).unique(dim=0, return_inverse=True)
         if len(differ) == len(self): return self, torch.arange(len(self), device=like.device)
         return self.take(like.new_zeros(len(differ)).scatter(0, like, torch.arange(len(self), device=like.device))), like
 
