@@ -33,7 +33,7 @@ def with_adapter(model, rank: int, seed: int = 0):
         torch.manual_seed(seed)
         names = [f"0.{name}" for name in linear_layers(model)]
         how = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=names, task_type="CAUSAL_LM")
-        inject_adapter_in_model(how, torch.nn.Sequential(model.requires_grad_(False)))     # by these names: of a bare model peft knows better
+        inject_adapter_in_model(how, torch.nn.Sequential(model.requires_grad_(False)))     # where it sees the model's config, peft adapts the experts too
         return model
 
 
