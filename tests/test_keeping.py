@@ -5,28 +5,39 @@ import json
 import math
 import os
 import resource
+import signal
+import socket
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("transformers")
 import torch
+from forks import ended, fork
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from offpolicy_rl.lab.run_explorer import kept_batches
 from offpolicy_rl.llm import model as llm_model
-from offpolicy_rl.llm.checkpoint import checkpoints, save_checkpoint
+from offpolicy_rl.llm import parallel
+from offpolicy_rl.llm.adapter import linear_layers, merged_weights
+from offpolicy_rl.llm.checkpoint import checkpoints, save_checkpoint, set_weights
 from offpolicy_rl.llm.cli import main
 from offpolicy_rl.llm.config import TrainConfig, beside, checkpoint_folder, record_path, run_name
 from offpolicy_rl.llm.engine import token_logps
-from offpolicy_rl.llm.model import load
+from offpolicy_rl.llm.fidelity import mismatch
+from offpolicy_rl.llm.model import char_tokenizer, load
 from offpolicy_rl.llm.record import read_record
+from offpolicy_rl.llm.schedule import Lag
 from offpolicy_rl.llm.tasks import Sort, register, tasks
 from offpolicy_rl.llm.train import Trainer, save_pretrained, train
 from offpolicy_rl.llm.verify import close_judges
-from offpolicy_rl.llm.worker import SHARED
+from offpolicy_rl.llm.worker import SHARED, publish, published
 
 SHORT = dict(task="sort", prompts_per_step=4, group_size=4, eval_prompts=8, steps=6, eval_every=3)
 
@@ -199,6 +210,126 @@ def test_an_adapter_is_kept_by_itself_and_saved_as_part_of_the_weights(tmp_path)
     merged, apart = (token_logps(model, rollouts)[0] for model in (saved, trainer.model))
     torch.testing.assert_close(merged, apart, atol=5e-5, rtol=0)
     assert (apart - rollouts.logp_mu).abs().max() > 1e-2        # it has moved
+
+
+MIXTURES = dict(qwen3_moe=dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16), mixtral=dict(num_local_experts=4),
+                deepseek_v3=dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, n_routed_experts=4,
+                                 n_group=1, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=32, first_k_dense_replace=1))
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_an_adapter_on_a_mixture_of_experts_reaches_engines_and_the_saved_model(kind, tmp_path):
+    pytest.importorskip("peft")
+    tokenizer, folder = char_tokenizer(), tmp_path / "mixture"
+    ends = dict(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                                                  num_attention_heads=2, num_key_value_heads=2, **ends, **MIXTURES[kind]))
+    for part in (plain, tokenizer): part.save_pretrained(folder)
+    trainer = Trainer(TrainConfig(recipe="reinforce", model=str(folder), lora=4, lr=0.05, warmup=0, **SHORT))
+    trainer.marks = lambda rollouts, rows: [i / len(rows) for i in rows]        # an untrained model never guesses right
+    for _ in range(2): trainer.advance()
+    trained = {name.partition(".lora_")[0] for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trained == set(linear_layers(plain)) and not any(".experts" in name for name in trained)
+    assert ("model.layers.1.mlp.shared_experts.up_proj" in trained) == ("model.layers.0.mlp.down_proj" in trained) == (kind == "deepseek_v3")
+    publish(tmp_path, trainer.model, 2, 0)
+    plain = load(str(folder))[0]
+    before = token_logps(plain, rollouts := trainer.sample())[0]
+    set_weights(plain, published(tmp_path)[0])          # as an engine in another process does
+    assert mismatch(plain, rollouts) < 1e-5 < 1e-3 < (before - rollouts.logp_mu).abs().max()
+    save_pretrained(trainer, tmp_path / "model")
+    saved, merged = dict(load(str(tmp_path / "model"))[0].named_parameters()), merged_weights(trainer.model)
+    assert saved.keys() == merged.keys() and all(torch.equal(saved[name], x) for name, x in merged.items())
+
+
+# a second start, another configuration
+
+def in_the_middle_of(config: TrainConfig) -> list[int]:
+    "A copy of this process that is in the middle of the run, and a copy of that one, as a verifier may be: their numbers."
+    news, tell = os.pipe()
+
+    def progress(step, row):
+        os.write(tell, json.dumps([os.getpid(), fork(partial(time.sleep, 60))]).encode())
+        time.sleep(60)
+    fork(partial(train, config, progress))
+    os.close(tell)
+    try: return json.loads(os.read(news, 100))
+    finally: os.close(news)
+
+
+def one_of_two(rank: int, port: int, config: TrainConfig, path: Path) -> None:
+    "What one process of two is told that starts a run."
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(rank))
+    try: train(config)
+    except ValueError as error: path.write_text(str(error))
+    parallel.leave()
+
+
+def test_a_run_has_its_files_to_itself_until_it_ends_or_is_killed(tmp_path, capsys):
+    config = TrainConfig(**SHORT, save_every=1, threads=1, out=str(tmp_path))
+    run, beside_it = in_the_middle_of(config)
+    try:
+        said = "out: sort-topr-k1-s0 is running in .* already"
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        for how in (dict(), dict(afresh=True), dict(resume=True)):
+            with pytest.raises(ValueError, match=said): train(config, **how)
+        assert main(f"train --steps 6 --prompts-per-step 4 --group-size 4 --eval-prompts 8 --eval-every 3 --threads 1 --out {tmp_path}".split()) == 2
+        assert capsys.readouterr().err.startswith("offpolicy: out: sort-topr-k1-s0 is running")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        told = [tmp_path.parent / f"told{rank}" for rank in (0, 1)]
+        assert [ended(pid) for pid in [fork(partial(one_of_two, rank, port, config, path)) for rank, path in enumerate(told)]] == [0, 0]
+        assert told[0].read_text() == told[1].read_text() != ""     # none waits for the other
+        assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        assert train(replace(config, seed=1, steps=1))["updates"] == 1      # another run
+        os.kill(run, signal.SIGKILL)
+        assert ended(run) == -signal.SIGKILL
+        assert train(config)["updates"] == 6
+    finally:
+        for pid in (run, beside_it): os.kill(pid, signal.SIGKILL) if Path(f"/proc/{pid}").exists() else None
+    assert sorted(os.listdir(tmp_path)) == ["sort-topr-k1-s0.json", "sort-topr-k1-s1.json"]
+
+
+def test_a_finished_record_is_returned_and_never_another_configurations(tmp_path):
+    config = TrainConfig(**SHORT, out=str(tmp_path))
+    record = train(config)
+    assert train(config, progress=lambda step, row: pytest.fail("it runs")) == json.loads(json.dumps(record))
+    with pytest.raises(ValueError, match=r"sort-topr-k1-s0.json belongs to another configuration \(lr=0.0003 there, 1e-05 here\)"):
+        train(replace(config, lr=1e-5))
+    assert read_record(record_path(config))["config"]["lr"] == 3e-4
+    train(replace(config, lr=1e-5), afresh=True)
+    assert read_record(record_path(config))["config"]["lr"] == 1e-5
+
+
+def test_a_model_that_cannot_be_saved_costs_neither_record_nor_checkpoint(tmp_path):
+    config = TrainConfig(**SHORT, save_every=4, save_model=True, out=str(tmp_path))
+    model = beside(config, "model")
+    def in_the_way(step, row):
+        if step == 6: model.write_text("a file where the folder is to be")
+    with pytest.raises(NotADirectoryError): train(config, in_the_way)
+    assert read_record(record_path(config))["updates"] == 6
+    assert [path.name for path in checkpoints(checkpoint_folder(config))] == ["step-000004"]
+    model.unlink()
+    steps = []
+    train(config, lambda step, row: steps.append(step))
+    assert steps == [5, 6] and (model / "model.safetensors").exists() and not checkpoint_folder(config).exists()
+    assert train(config)["updates"] == 6
+    (model / "config.json").rename(tmp_path / "elsewhere")
+    for path in model.iterdir(): path.unlink()
+    model.rmdir()
+    with pytest.raises(ValueError, match="save_model: .* is finished and its model was not kept"): train(config)
+
+
+def test_after_a_million_updates_the_last_is_still_the_last(tmp_path):
+    for step in (999_999, 1_000_000, 1_000_001): save_checkpoint(tmp_path, step, {}, {}, keep=2)
+    (tmp_path / "step-000001.bak").mkdir()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-1000000", "step-1000001"]
+    lag = Lag(SimpleNamespace(version=999_999), 2)
+    lag.restore(None, {"lag-1000000": {}, "lag-999999": {}, "lag-1000001": {}, "model": {}}, {})
+    assert [version for version, _ in lag.kept] == [999_999, 1_000_000, 1_000_001]
+    for step in (1_000_000, 999_999): (tmp_path / f"step-{step:06d}.jsonl").touch()
+    assert list(kept_batches(tmp_path)) == [999_999, 1_000_000]
 
 
 # disks

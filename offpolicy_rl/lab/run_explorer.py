@@ -48,7 +48,7 @@ def read_kept(path: Path | str) -> KeptBatch:
 
 def kept_batches(folder: Path | str) -> dict[int, Path]:
     "The kept batches in a folder by their update, counted from 1. Raises ValueError where there are none."
-    found = {int(path.stem.removeprefix("step-")): path for path in sorted(Path(folder).glob("step-*.jsonl"))}
+    found = dict(sorted((int(path.stem.removeprefix("step-")), path) for path in Path(folder).glob("step-*.jsonl")))
     if not found: raise ValueError(f"rollouts: no kept batches (step-*.jsonl) in {folder}: {HOW_TO_KEEP}")
     return found
 

@@ -178,7 +178,8 @@ def _to_disk(path: Path) -> None:
 
 def checkpoints(folder: Path | str) -> list[Path]:
     "The whole checkpoints in a folder, oldest first."
-    return sorted(Path(folder).glob("step-??????"))
+    steps = {int(path.name[5:]): path for path in Path(folder).glob("step-*") if path.name[5:].isdigit()}
+    return [steps[step] for step in sorted(steps)]
 
 
 def load_checkpoint(path: Path | str, device: str = "cpu") -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

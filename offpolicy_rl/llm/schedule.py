@@ -94,7 +94,8 @@ class Lag:
     def state(self): return {f"lag-{version:06d}": saved for version, saved in self.kept}, {}
 
     def restore(self, trainer, tensors, state):
-        self.kept = deque((int(name.removeprefix("lag-")), tensors[name]) for name in sorted(tensors) if name.startswith("lag-"))
+        kept = {int(name.removeprefix("lag-")): saved for name, saved in tensors.items() if name.startswith("lag-")}
+        self.kept = deque(sorted(kept.items()))
         if self.kept: self._give(trainer)
 
 # %% ../../nbs/llm/schedule.ipynb #9041bdc2

@@ -7,11 +7,14 @@ __all__ = ['Trainer', 'finished', 'save_pretrained', 'train']
 
 # %% ../../nbs/llm/train.ipynb #40cfe308
 import contextlib
+import errno
+import fcntl
+import os
 import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,12 +135,17 @@ class Trainer(Collector):
 
 # %% ../../nbs/llm/train.ipynb #6522483b
 def finished(config: TrainConfig) -> dict[str, Any] | None:
-    "The record of this very run where it is finished. Raises ValueError where the file belongs to another configuration."
+    """The record of this very run where it is finished. A run that could not save its model is not, and goes on from its last checkpoint.
+
+    Raises ValueError where the file belongs to another configuration, or the model to keep is gone with the checkpoints."""
     path = record_path(config)
     if path is None or not path.exists(): return None
     record = read_record(path)
     same_config(config_facts(config), record["config"], path)
-    return record if record["updates"] >= config.steps else None
+    if record["updates"] < config.steps or config.save_model and checkpoints(checkpoint_folder(config)): return None
+    if config.save_model and not beside(config, "model").exists():
+        raise ValueError(f"save_model: {path} is finished and its model was not kept; expected False, another folder, or a fresh start")
+    return record
 
 
 def save_pretrained(trainer: Trainer, folder: Path) -> None:
@@ -156,24 +164,58 @@ def save_pretrained(trainer: Trainer, folder: Path) -> None:
 
 def train(config: TrainConfig, progress: Callable[[int, dict[str, float]], None] | None = None, command: str | None = None,
           afresh: bool = False, resume: bool = False) -> dict[str, Any]:
-    """Run `config` from the start, or from its own checkpoint, and return the run's record.
+    """Run `config` from the start, or from its own checkpoint, and return the run's record. Of a run that is finished that is the one in `out`.
 
-    afresh: ignore the checkpoint; resume: there must be one. `progress` is called with the step and its metrics. Raises ValueError for what
-    cannot run, FloatingPointError where the loss stops being a number, OSError where `out` cannot be written."""
+    afresh: ignore checkpoint and record; resume: there must be one of them. `progress` is called with the step and its metrics. Raises ValueError
+    for what cannot run, or runs already, or would take the place of another configuration's record; FloatingPointError where the loss stops being
+    a number, OSError where `out` cannot be written."""
     resolve(config)
     if afresh and resume: raise ValueError("resume: expected one of afresh and resume, got both")
     join(config.device)
     if config.out is not None and first(): _writable(Path(config.out))
-    saved = checkpoints(checkpoint_folder(config)) if config.out is not None and not afresh else []
-    if len({str(saved[-1:]) for saved in everywhere(saved)}) > 1: raise ValueError(f"out: expected a folder that all processes share, got {config.out!r}")
-    if resume and not saved: raise ValueError(f"resume: there is no checkpoint of {run_name(config)} in {config.out}")
-    trainer = Trainer(config, command)
+    with _alone(config):
+        done = None if afresh else finished(config)
+        saved = checkpoints(checkpoint_folder(config)) if config.out is not None and not afresh else []
+        if len(set(everywhere((str(saved[-1:]), done is None)))) > 1: raise ValueError(f"out: expected a folder that all processes share, got {config.out!r}")
+        if done is not None: return done
+        if resume and not saved: raise ValueError(f"resume: there is no checkpoint of {run_name(config)} in {config.out}")
+        trainer = Trainer(config, command)
+        try:
+            if config.out is not None and first(): _clear(config, all_of_it=not saved)
+            if saved: trainer.restore(saved[-1])
+            tracked = trackers(config.track if first() else (), config.out or ".", run_name(config), trainer.record["config"], trainer.step)
+            with contextlib.closing(tracked): return _run(trainer, progress, tracked)
+        finally: trainer.close()
+
+
+@contextlib.contextmanager
+def _alone(config: TrainConfig) -> Iterator[None]:
+    "Have the run's files to oneself for the length of a block, all its processes together. Raises ValueError where another start of it has them."
+    if config.out is None: return (yield)
+    path = Path(config.out) / f".{run_name(config)}.lock"
+    handle = _locked(path) if first() else None
     try:
-        if config.out is not None and first(): _clear(config, all_of_it=not saved)
-        if saved: trainer.restore(saved[-1])
-        tracked = trackers(config.track if first() else (), config.out or ".", run_name(config), trainer.record["config"], trainer.step)
-        with contextlib.closing(tracked): return _run(trainer, progress, tracked)
-    finally: trainer.close()
+        if not any(everywhere(handle is not None)):
+            raise ValueError(f"out: {run_name(config)} is running in {config.out!r} already; wait for its end, or choose another folder")
+        yield
+    finally:
+        if handle is not None:
+            path.unlink(missing_ok=True)        # before the lock is gone: afterwards it may be another's
+            os.close(handle)
+
+
+def _locked(path: Path) -> int | None:
+    "A handle of the file, locked until it is closed or the process ends, however it ends; None where another process has locked it."
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try: fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)      # not flock: that one's lock would live on in a verifier's process
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN): return handle      # a file system without locks
+            os.close(handle)
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), path.stat()): return handle
+        os.close(handle)        # whoever had it has removed it meanwhile
 
 
 def _run(trainer: Trainer, progress: Callable[[int, dict[str, float]], None] | None, tracked: Tracker) -> dict[str, Any]:
@@ -187,10 +229,11 @@ def _run(trainer: Trainer, progress: Callable[[int, dict[str, float]], None] | N
         tracked.log(trainer.step, row | evaluation_row(trainer.record, trainer.step))
         if config.out is not None and trainer.step < config.steps: _keep(trainer)
         if progress is not None: progress(trainer.step, row)
-    if config.out is not None and config.save_model: save_pretrained(trainer, beside(config, "model"))
-    if config.out is not None and first():
-        write_record(record_path(config), thinned(trainer.record, config.window))
-        for path in (checkpoint_folder(config), beside(config, "replay")): shutil.rmtree(path, ignore_errors=True)
+    if config.out is not None:
+        if first(): write_record(record_path(config), thinned(trainer.record, config.window))
+        if config.save_model: save_pretrained(trainer, beside(config, "model"))
+        if first():
+            for path in (checkpoint_folder(config), beside(config, "replay")): shutil.rmtree(path, ignore_errors=True)
     meet()
     return rounded(trainer.record)
 
@@ -200,6 +243,7 @@ def _clear(config: TrainConfig, all_of_it: bool) -> None:
     out, name = Path(config.out), run_name(config)
     left = [*out.glob(f".{name}.*-*"), *out.glob(f".making-{name}.*-*"), beside(config, "stopped.jsonl")]
     if all_of_it: left += [checkpoint_folder(config), rollouts_folder(config), beside(config, "replay")]
+    if all_of_it and config.save_model: left.append(beside(config, "model"))
     for path in left:
         if path.is_dir(): shutil.rmtree(path, ignore_errors=True)
         else: path.unlink(missing_ok=True)
