@@ -55,7 +55,7 @@ def encode(tokenizer, prompts: list[str] | list[list[int]]) -> list[list[int]]:
     ids = tokenizer(prompts, return_attention_mask=False)["input_ids"]
     for prompt, row in zip(prompts, ids):
         if not row: raise ValueError(f"prompts: {prompt!r} has no tokens")
-        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in row:
+        if tokenizer.unk_token_id in row and tokenizer.unk_token_id in tokenizer(prompt, add_special_tokens=False)["input_ids"]:     # it may be BOS too
             raise ValueError(f"prompts: {prompt!r} has characters that the model's tokenizer does not know")
     return ids
 
