@@ -8,8 +8,9 @@ import random
 import re
 import signal
 import statistics
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,8 @@ import torch
 from forks import ended, fork
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from offpolicy_rl import core
 from offpolicy_rl.llm import model as llm_model
@@ -25,7 +28,7 @@ from offpolicy_rl.llm import record as llm_record
 from offpolicy_rl.llm.config import TrainConfig, resolve
 from offpolicy_rl.llm.engine import HFEngine, draw_token, joined, token_entropy, token_logps
 from offpolicy_rl.llm.metrics import off_policyness
-from offpolicy_rl.llm.model import embedded_path, encode, load
+from offpolicy_rl.llm.model import char_tokenizer, embedded_path, encode, load
 from offpolicy_rl.llm.record import add_step, new_record, read_record, read_records, thinned, write_record
 from offpolicy_rl.llm.report import page, step_curve
 from offpolicy_rl.llm.tasks import Countdown, Sort, draw, expression_value, held_out, register, solutions, task, tasks
@@ -363,9 +366,68 @@ def test_what_a_recipe_names_is_made_and_nothing_else(monkeypatch):
     (dict(knobs={"nonesuch": 1}), "topr has no knob 'nonesuch'; it has .*neg_cap"), (dict(steps=0), "steps: expected a number of at least 1, got 0"),
     (dict(staleness="never"), "staleness: expected a number of at least 1 or offline, got 'never'"), (dict(lr=math.nan), "lr: expected a positive number"),
     (dict(old="older"), "old: expected one of None, behaviour, .*got 'older'"), (dict(minibatches=0), "minibatches: expected a number of at least 1"),
-    (dict(final_lr=1.0), "final_lr: expected None or a number from 0 to lr=0.0003, got 1.0")])
+    (dict(final_lr=1.0), "final_lr: expected None or a number from 0 to lr=0.0003, got 1.0"),
+    (dict(temperature=None), "^temperature: expected a number, got None$"), (dict(top_p="0.9"), "^top_p: expected a number, got '0.9'$"),
+    (dict(engine=None), "^engine: expected a text, got None$"), (dict(recipe=None), "^recipe: expected a text or a Recipe, got None$"),
+    (dict(steps=1.5), "^steps: expected a whole number, got 1.5$"), (dict(steps=True), "^steps: expected a whole number, got True$"),
+    (dict(partial=1), "^partial: expected True or False, got 1$"),
+    (dict(betas=(0.9,)), r"^betas: expected tuple\[float, float\], got \(0.9,\)$"), (dict(track="jsonl"), "^track: expected tuple.*, got 'jsonl'$")])
 def test_what_cannot_run_is_said_before_it_runs(wrong, message):
     with pytest.raises(ValueError, match=message): resolve(TrainConfig(**wrong))
+
+
+def test_every_field_of_a_configuration_names_itself_where_its_type_is_wrong():
+    for f in fields(TrainConfig):
+        for wrong in (None, 1.5, "0.9", True, [1], object(), math.nan):
+            try: TrainConfig(**{f.name: wrong})
+            except ValueError as error: assert str(error).startswith(f"{f.name}: ")
+        with pytest.raises(ValueError, match=f"^{f.name}: expected .*, got <object"): TrainConfig(**{f.name: object()})
+    assert TrainConfig(betas=[0.9, 0.95], lr=1, out=Path("runs")).lr == 1
+
+
+# models of other kinds
+
+def small_model(kind: str, tokenizer, folder: Path, **how):
+    "An untrained model in a folder."
+    torch.manual_seed(0)
+    ends = dict(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=len(tokenizer), **ends, **how))
+    for part in (model, tokenizer): part.save_pretrained(folder)
+    return load(str(folder))
+
+
+POSITIONS = dict(gpt2=dict(n_embd=16, n_layer=1, n_head=2, n_positions=16), gptj=dict(n_embd=16, n_layer=1, n_head=2, rotary_dim=4, n_positions=16),
+                 opt=dict(hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16, max_position_embeddings=16),
+                 mpt=dict(d_model=16, n_layers=1, n_heads=2, max_seq_len=16))
+
+
+@pytest.mark.parametrize("kind", POSITIONS)
+def test_a_model_with_a_table_of_positions_is_not_asked_to_go_beyond_it(kind, tmp_path):
+    engine = HFEngine(*small_model(kind, char_tokenizer(), tmp_path, **POSITIONS[kind]))
+    engine.ends = []                                                        # so that every response is as long as it may be
+    r = engine.sample(["1" * 8, "12="], 2, 9)                               # the last token is never read
+    assert r.tokens.shape[1] == 9 and (token_logps(engine.model, r)[0] - r.logp_mu).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="^max_tokens: expected at most 9, for 16 positions and a prompt of 8 tokens, got 10"):
+        engine.sample(["1" * 8, "12="], 2, 10)
+    with pytest.raises(ValueError, match="^max_tokens: expected at most 0"): engine.sample(["1" * 18], 2, 1)
+
+
+def test_a_rotary_model_may_go_beyond_the_positions_that_it_was_trained_for(tmp_path):
+    how = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=16)
+    assert HFEngine(*small_model("llama", char_tokenizer(), tmp_path, **how)).sample(["1" * 20], 2, 9).tokens.shape[1] == 9
+
+
+def test_a_token_in_front_that_is_also_the_unknown_one_is_not_unknown(tmp_path):
+    "OPT's tokenizer has one token for the beginning, the end and what it does not know."
+    bytes_ = {c: i for i, c in enumerate(("<pad>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())))}
+    inner = Tokenizer(models.BPE(bytes_, []))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    inner.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="</s>", eos_token="</s>", unk_token="</s>", pad_token="<pad>")
+    assert encode(tokenizer, ["31=", "7"]) == [[1, bytes_["3"], bytes_["1"], bytes_["="]], [1, bytes_["7"]]]
+    small_model("opt", tokenizer, tmp_path, **{**POSITIONS["opt"], "max_position_embeddings": 32})
+    train(TrainConfig(recipe="reinforce", **{**SHORT, "steps": 1}, model=str(tmp_path)))
+    with pytest.raises(ValueError, match="'3!' has characters that the model's tokenizer does not know"): encode(char_tokenizer(), ["3!"])
 
 
 def test_the_learning_rate_rises_and_falls_along_straight_lines():
@@ -414,7 +476,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path):
     assert run("killed", 7) == -signal.SIGKILL
     name = "sort-topr-k3-s0"
     # step 4 is the second of three on one snapshot: the behaviour policy is older than the policy
-    assert sorted(os.listdir(tmp_path / "killed")) == [f"{name}.checkpoints", f"{name}.json"]
+    assert sorted(os.listdir(tmp_path / "killed")) == [f".{name}.lock", f"{name}.checkpoints", f"{name}.json"]      # nobody holds that lock
     assert os.listdir(tmp_path / "killed" / f"{name}.checkpoints") == ["step-000004"]
     so_far = read_record(tmp_path / "killed" / f"{name}.json")      # written at the evaluation after step 5
     assert so_far["updates"] == 5 and [e["step"] for e in so_far["evaluations"]] == [0, 5]

@@ -13,7 +13,8 @@ import math
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
 
 import torch
 
@@ -69,7 +70,7 @@ class TrainConfig:
     engine_options: dict[str, Any] = field(default_factory=dict)       # of VLLMEngine or VLLMServer and of vLLM itself, by name
     sync_limit: float | None = None    # nats by which vLLM's log-probs may differ after a sync; 0: not checked; None: 0.1 in float32, else 0.5
     threads: int | None = None         # of torch; None: as it is
-    out: str | None = None             # folder of the record and the checkpoints; None: nothing is written
+    out: str | Path | None = None      # folder of the record and the checkpoints; None: nothing is written
     save_every: int = 100              # updates between two checkpoints in `out`; 0: none
     keep_checkpoints: int = 1          # how many of the last ones stay
     window: int = 1                    # updates whose metrics are averaged into one value of the final record
@@ -96,6 +97,7 @@ class TrainConfig:
     shard: bool = False                # of several processes each keeps a part of the weights, gradients and the optimiser's state
 
     def __post_init__(self):
+        for f in fields(self): _of_type(f.name, getattr(self, f.name), f.type)
         for name in ("steps", "prompts_per_step", "group_size", "eval_every", "eval_prompts", "window", "minibatches", "keep_checkpoints"):
             _at_least(self, name, 1)
         for name in ("warmup", "save_every", "weight_decay", "keep_rollouts", "top_k", "replay", "lora"): _at_least(self, name, 0)
@@ -122,10 +124,32 @@ class TrainConfig:
         _check_files(self)
 
 
+_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", NoneType: "None", Path: "a path", Recipe: "a Recipe"}
+
+
+def _of_type(name: str, value: Any, kind: Any) -> None:
+    "Raise ValueError where a value is not of the type that its field is annotated with."
+    if _is(value, kind): return
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    raise ValueError(f"{name}: expected {' or '.join(_WORDS.get(k, str(k)) for k in kinds)}, got {value!r}")
+
+
+def _is(value: Any, kind: Any) -> bool:
+    "True where a value is of a type. A whole number is a number too, True is neither, and a list will do for a tuple."
+    inner = get_args(kind)
+    if kind is Any: return True
+    if isinstance(kind, UnionType): return any(_is(value, one) for one in inner)
+    if get_origin(kind) is dict: return isinstance(value, dict) and all(_is(x, inner[0]) for x in value)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, tuple | list): return False
+        if ... in inner: inner = inner[:1] * len(value)
+        return len(value) == len(inner) and all(map(_is, value, inner))
+    return isinstance(value, float | int if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+
+
 def _at_least(config, name: str, least: int) -> None:
     value = getattr(config, name)
-    kind = float if name == "weight_decay" else int
-    if isinstance(value, bool) or not isinstance(value, kind | int) or value < least:
+    if isinstance(value, str) or not value >= least:
         raise ValueError(f"{name}: expected a number of at least {least}{' or offline' if name == 'staleness' else ''}, got {value!r}")
 
 
