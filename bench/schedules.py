@@ -1,7 +1,8 @@
 """Seconds an update of each schedule on this machine, beside what the simulator makes of the seconds that sampling and training take.
 
-What is measured apart, before any schedule runs: sampling alone (in the engine's process), training alone, both at once without a word between them
-(how much two processes slow each other), and quarters of a batch. The schedules themselves are predicted from that alone.
+What is measured apart, before any schedule runs: sampling, training and handing over in one process; sampling alone in the engine's process, training
+alone, both at once without a word between them (how much two processes slow each other), and quarters of a batch. The schedules themselves, and
+their speed-ups, are predicted from that alone.
 Usage: python bench/schedules.py [--updates 60] [--rounds 3] [--out records/schedules.json]. One thread a process; needs two idle cores.
 """
 
@@ -61,6 +62,21 @@ def train_on(run: Trainer, batches: list[Rollouts]):
     return work
 
 
+def in_turn(count: int) -> dict[str, float]:
+    "Mean seconds of sampling, training and handing over where one process does all of it."
+    run = trainer(mode="lag", staleness=2)
+    engine = run.schedule.engine
+    batches = [run.answers(engine) for _ in range(5)]
+    coming = itertools.cycle(batches)
+
+    def sample():
+        run.fresh.clear()
+        run.answers(engine)
+    works = dict(sampling_here=sample, training_here=lambda: run.update(next(coming)), sync_here=lambda: run.hand_over(engine, run.step))
+    for work in works.values(): seconds(work, 5)
+    return {name: mean(seconds(work, count)) for name, work in works.items()}
+
+
 def apart(count: int) -> dict[str, float]:
     "Mean seconds of each side alone, of both at once, and of handing weights over, for a batch and for a quarter of it."
     run, found = trainer(mode="async", staleness=2), {}
@@ -95,17 +111,22 @@ def predictions(found: dict[str, float]) -> dict[str, float]:
     batch = sim.Times(found["sampling_batch"], found["training_batch"], found["sync"])
     quarter = lambda name: torch.full((1, 4), found[f"{name}_quarter"])
     quarters = sim.Times(quarter("sampling"), quarter("training"), found["sync"])
-    named = {"async, 1": (batch, sim.asynchronous(1)), "async, 2": (batch, sim.asynchronous(2)), "periodic": (quarters, sim.periodic())}
+    here = sim.Times(found["sampling_here"], found["training_here"], found["sync_here"])
+    live = dataclasses.replace(here, sync=0.0)  # on-policy in one process the engine has the policy's own weights
+    named = {"sync": (live, sim.sync()), "stale, 4": (here, sim.stale(4)), "lag, 2": (here, sim.lag(2)),
+             "async, 1": (batch, sim.asynchronous(1)), "async, 2": (batch, sim.asynchronous(2)),
+             "periodic": (quarters, sim.periodic())}
     return {name: sim.predict(times, schedule, 200, slow).seconds for name, (times, schedule) in named.items()}
 
 
-SCHEDULES = {"async, 1": dict(mode="async", staleness=1), "async, 2": dict(mode="async", staleness=2), "periodic": dict(mode="periodic")}
+SCHEDULES = {"sync": {}, "stale, 4": dict(staleness=4), "lag, 2": dict(mode="lag", staleness=2), "async, 1": dict(mode="async", staleness=1),
+             "async, 2": dict(mode="async", staleness=2), "periodic": dict(mode="periodic")}
 
 
 def measured(updates: int) -> dict[str, float]:
     "Seconds an update of each schedule, as it runs."
     found = {}
-    for name, how in {"sync": {}, **SCHEDULES}.items():
+    for name, how in SCHEDULES.items():
         run = trainer(**how)
         found[name] = wall(run, updates)
         run.schedule.engine.close()
@@ -120,19 +141,17 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    rounds = [(apart(args.updates // 2), measured(args.updates)) for _ in range(args.rounds)]
-    found, took = ({name: mean(one[name] for one in column) for name in column[0]} for column in zip(*rounds))
+    rounds = [(in_turn(args.updates // 2) | apart(args.updates // 2), measured(args.updates)) for _ in range(args.rounds)]
+    found, took = ({name: statistics.median(one[name] for one in column) for name in column[0]} for column in zip(*rounds))
     expected = predictions(found)
-    ms = {name: f"{1e3 * found[name]:.1f} ms" for name in ("sampling_batch", "training_batch", "sync")}
+    ms = {name: f"{1e3 * x:.1f} ms" for name, x in found.items()}
+    print(f"in one process: sampling {ms['sampling_here']}, training {ms['training_here']}, handing over {ms['sync_here']}")
     print(f"alone: sampling {ms['sampling_batch']}, training {ms['training_batch']}, handing over {ms['sync']}; at once: sampling "
           f"{found['sampling_both'] / found['sampling_alone']:.2f} times, training {found['training_both'] / found['training_batch']:.2f} times as long")
     for name, x in took.items():
         each = [1e3 * one[name] for _, one in rounds]
-        line = f"{name:12s} {1e3 * x:7.1f} ms an update (rounds {min(each):.1f} to {max(each):.1f})"
-        if name in expected:
-            line += (f", predicted {1e3 * expected[name]:.1f} ({100 * (x / expected[name] - 1):+.0f} %); "
-                     f"speed-up {took['sync'] / x:.2f}, predicted {took['sync'] / expected[name]:.2f}")
-        print(line)
+        print(f"{name:12s} {1e3 * x:7.1f} ms an update (rounds {min(each):.1f} to {max(each):.1f}), predicted {1e3 * expected[name]:.1f} "
+              f"({100 * (x / expected[name] - 1):+.0f} %); speed-up {took['sync'] / x:.2f}, predicted {expected['sync'] / expected[name]:.2f}")
     if args.out is not None:
         kept = dict(command=f"python bench/schedules.py --updates {args.updates} --rounds {args.rounds}", commit=git_commit(), machine=machine(),
                     versions=versions(), date=datetime.date.today().isoformat(), apart=found, measured=took, predicted=expected,

@@ -22,6 +22,7 @@ from offpolicy_rl.llm.simulate import (
     overlap,
     period,
     periodic,
+    pipeline,
     predict,
     simulate,
     stale,
@@ -29,8 +30,10 @@ from offpolicy_rl.llm.simulate import (
     together,
 )
 
-SCHEDULES = [sync(), stale(2), stale(3), lag(1), lag(2), periodic(), asynchronous(0), asynchronous(1), asynchronous(3), asynchronous(1, partial=True),
-             asynchronous(3, partial=True), Schedule("newest, every 2", ahead=2, every=2, newest=True, partial=True)]
+SCHEDULES = [sync(), stale(2), stale(3), lag(1), lag(3), pipeline(1), pipeline(2), periodic(), asynchronous(0), asynchronous(1), asynchronous(3),
+             asynchronous(1, partial=True), asynchronous(3, partial=True), Schedule("held 2, every 3", held=2, every=3),
+             Schedule("a step ahead of weights held back", ahead=1, held=1, stream=True),
+             Schedule("newest, every 2", ahead=2, every=2, newest=True, partial=True)]
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s.name)
 
 
@@ -65,14 +68,15 @@ class Ticking:
         "The weights that the sampler should have now, None while they are not there."
         j = self.waiting[0][0] if self.waiting else self.updates - 1
         if self.s.newest: return self.published
-        v = max(j - self.s.ahead, 0)
+        v = max(j - self.s.ahead - self.s.held, 0)
         v -= v % self.s.every
         return v if v <= self.published else None
 
     def give_job(self):
         j = self.version
         due = [q for q in self.over if q[0] == j and q not in self.trained]
-        if j % self.s.every == 0 and self.published < j: return "sync", [], self.sync[j // self.s.every - 1]
+        old = j - self.s.held                                    # the version that goes out now
+        if old > self.published and old % self.s.every == 0: return "sync", [], self.sync[old // self.s.every - 1]
         if self.s.stream and due: return "train", due[:1], self.c[j][due[0][1]]
         if not self.s.stream and len(due) == self.n: return "train", due, sum(self.c[j])
         return None
@@ -81,7 +85,7 @@ class Ticking:
         kind, pieces, _ = self.job
         self.job = None
         self.trained += pieces
-        if kind == "sync": self.published = self.version
+        if kind == "sync": self.published = self.version - self.s.held
         elif sum(q[0] == self.version for q in self.trained) == self.n: self.version += 1
 
     def begin(self):
@@ -94,7 +98,7 @@ class Ticking:
         if not self.loading and wish is not None and wish != self.held and (self.s.partial or not self.running): self.held, self.loading = wish, self.load
         while not self.loading and self.waiting and len(self.running) < self.slots and self.held == self.wish():
             j, i = self.waiting[0]
-            oldest = j - self.s.ahead - (self.s.every - 1)
+            oldest = j - self.s.ahead - self.s.held - (self.s.every - 1)
             if self.version < j - self.s.ahead or self.held < oldest: break
             self.running[self.waiting.pop(0)] = self.p[j][i]
 
@@ -160,7 +164,8 @@ def test_every_piece_of_work_is_done_once_at_the_speed_it_should_have(schedule, 
         due = {("sample", j, i): times.sampling[j, i].item() for j in range(updates) for i in range(pieces)}
         if schedule.stream: due |= {("train", j, i): times.training[j, i].item() for j in range(updates) for i in range(pieces)}
         else: due |= {("train", j, -1): times.training[j].sum().item() for j in range(updates)}
-        due |= {("sync", j, -1): times.sync[j // schedule.every - 1].item() for j in range(schedule.every, updates, schedule.every)}
+        given = range(schedule.every, updates - schedule.held, schedule.every)
+        due |= {("sync", j + schedule.held, -1): times.sync[j // schedule.every - 1].item() for j in given}
         due |= {key: 0.2 for key in work if key[0] == "load"}
         assert work.keys() == due.keys() and all(abs(work[key] - due[key]) < 1e-9 for key in due)
 
@@ -186,13 +191,15 @@ def test_events_keep_the_rules_of_the_schedule(schedule):
             ready[e.update, e.piece] = max(ready.get((e.update, e.piece), 0.0), e.end)
         for e in found.events:
             if e.kind == "train": assert e.start >= max(t for (j, i), t in ready.items() if j == e.update and e.piece in (-1, i)) - 1e-9
-        assert found.oldest == [j % schedule.every for j in range(12)] if schedule.ahead == 0 else max(found.oldest) <= schedule.bound
+        if schedule.ahead == 0: assert found.oldest == [j - max(j - schedule.held, 0) // schedule.every * schedule.every for j in range(12)]
+        assert max(found.oldest) <= schedule.bound
         if schedule.ahead == 0 and not schedule.stream: assert shared(busy(found.events, ("sample",)), busy(found.events, ("train", "sync"))) == 0
         assert found.seconds == max(e.end for e in found.events if e.kind == "train") and all(0 < u <= 1 for u in found.utilisation)
 
 
 def test_lag_is_exactly_k_behind_once_it_is_under_way():
-    assert simulate(random_times(0), lag(3)).oldest == [0, 1, 2, *[3] * 9]
+    for run in (simulate(random_times(0), lag(3)), simulate(random_times(0), pipeline(3))):
+        assert run.oldest == [0, 1, 2, *[3] * 9] and run.staleness == pytest.approx(run.oldest, abs=1e-12)
     assert simulate(random_times(0), stale(4)).staleness == [0, 1, 2, 3] * 3
 
 
@@ -212,13 +219,35 @@ def test_staleness_of_k_is_worth_at_most_k_plus_one():
     for seed in range(10):
         times = replace(random_times(seed, 30, 5, slots=1 + seed % 5), load=0.0)
         for k in (0, 1, 2, 5):
-            for schedule in (lag(k), asynchronous(k), asynchronous(k, partial=True)): assert predict(times, schedule).speedup <= (k + 1) * (1 + 1e-12)
+            for schedule in (pipeline(k), asynchronous(k), asynchronous(k, partial=True)): assert predict(times, schedule).speedup <= (k + 1) * (1 + 1e-12)
 
 
 def test_with_nothing_to_overlap_all_schedules_are_one():
     times = random_times(0, pieces=1)
-    assert len({simulate(times, s).seconds for s in (sync(), stale(1), lag(0), asynchronous(0), asynchronous(0, partial=True), periodic())}) == 1
+    assert len({simulate(times, s).seconds for s in (sync(), stale(1), lag(0), pipeline(0), asynchronous(0), asynchronous(0, partial=True), periodic())}) == 1
     assert predict(times, sync(), slowdown=(3.0, 3.0)).speedup == 1
+
+
+def test_lag_and_stale_take_turns_and_gain_only_what_is_not_handed_over():
+    for seed in range(5):
+        times = random_times(seed, pieces=1, slots=1)
+        work, sync_seconds = (times.sampling + times.training).sum().item(), times.sync.tolist()
+        for k in (1, 2, 5):
+            for schedule, given in ((lag(k), 11 - k), (stale(k), 11 // k)):
+                run = simulate(times, schedule, slowdown=(1.9, 1.7))           # nothing is done at once, so nothing is slowed
+                assert run.seconds == pytest.approx(work + sum(sync_seconds[:given]) + 0.2 * given, abs=1e-9), schedule.name
+                assert shared(busy(run.events, ("sample", "load")), busy(run.events, ("train", "sync"))) == 0
+            assert simulate(times, pipeline(k)).seconds < simulate(times, lag(k)).seconds
+
+
+@pytest.mark.usefixtures("models")
+def test_the_trainers_modes_have_the_staleness_that_is_simulated():
+    pytest.importorskip("transformers")
+    from offpolicy_rl.llm.config import TrainConfig
+    from offpolicy_rl.llm.train import train
+    base = TrainConfig(recipe="reinforce", task="sort", steps=7, prompts_per_step=2, group_size=2, eval_every=7, eval_prompts=2, threads=1)
+    for how, schedule in ((dict(mode="lag", staleness=2), lag(2)), (dict(staleness=3), stale(3)), (dict(), sync())):
+        assert train(replace(base, **how))["steps"]["age"] == simulate(Times([1.0] * 7, [1.0]), schedule).staleness
 
 
 def test_a_prediction_is_the_simulation_in_short():
@@ -253,7 +282,7 @@ def test_period_of_constant_times():
 
 def test_ten_thousand_updates_take_less_than_a_second():
     times = Times.drawn(10_000, tail=0.5, sync=0.05, load=0.02, generator=torch.Generator().manual_seed(0))
-    for schedule in (sync(), lag(2), asynchronous(4, partial=True)):
+    for schedule in (sync(), pipeline(2), asynchronous(4, partial=True)):
         start = time.process_time()
         simulate(times, schedule)
         assert time.process_time() - start < 1
@@ -306,8 +335,9 @@ def test_bad_input_is_named():
         (lambda: Times([1.0], [float("nan")]), "training: expected finite"), (lambda: Times(0.0, 1.0), "sampling: expected finite seconds > 0"),
         (lambda: Times([[1.0, 1.0]], [[1.0, 1.0, 1.0]]), r"training: expected .*\(updates, 2\).*3"),
         (lambda: Times([1.0], [1.0], [[1.0]]), "sync: expected"), (lambda: Times([1.0], [1.0], load=-1), "load: expected finite seconds >= 0"),
-        (lambda: Times([1.0], [1.0], slots=0), "slots: expected a whole number >= 1, got 0"), (lambda: lag(-1), "ahead: expected a whole number >= 0, got -1"),
-        (lambda: stale(0), "every: expected a whole number >= 1, got 0"), (lambda: lag(1.5), "ahead: .* got 1.5"),
+        (lambda: Times([1.0], [1.0], slots=0), "slots: expected a whole number >= 1, got 0"),
+        (lambda: pipeline(-1), "ahead: expected a whole number >= 0, got -1"), (lambda: lag(-1), "held: expected a whole number >= 0, got -1"),
+        (lambda: stale(0), "every: expected a whole number >= 1, got 0"), (lambda: lag(1.5), "held: .* got 1.5"),
         (lambda: simulate(good, sync(), 0), "updates: expected"),
         (lambda: simulate(good, sync(), slowdown=(1.0, 0.0)), "slowdown: expected two finite factors"),
         (lambda: Times.from_record(dict(steps=dict(sampling_seconds=[1.0], loss=[1.0]))), "record: expected training_seconds .*loss, sampling_seconds"),

@@ -109,7 +109,7 @@ def same(right: str, answer: str) -> bool:
 def words(text: str) -> str:
     "A text without fonts, spaces and capitals, where it is words."
     text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}", r"\1", text[:LONGEST])
-    text = re.sub(r"[\s.()$]", "", text)
+    text = re.sub(r"(?<![0-9])[\s.]+|[\s.]+(?![0-9])|[()$]", "", text)
     return text.casefold() if re.fullmatch("[A-Za-z-]{2,}", text) else text
 
 # %% ../../nbs/llm/equality.ipynb #c19c2551
