@@ -98,9 +98,8 @@ class Times:
 class Schedule:
     """Which weights sample the rollouts of an update, and when.
 
-    ahead: updates that may be missing when the request starts. every: weights are handed over every so many updates. held: they are kept back for
-    so many. newest: the sampler takes weights as soon as they are there. partial: even in the middle of a response. stream: the trainer begins with
-    the first piece."""
+    ahead: updates that may be missing when the request starts. every: weights are handed over every so many updates, held: and kept back for so many.
+    newest: the sampler takes weights as soon as they are there, partial: even in the middle of a response. stream: the trainer begins with the first piece."""
     name: str
     ahead: int = 0
     every: int = 1
@@ -110,14 +109,10 @@ class Schedule:
     stream: bool = False
 
     def __post_init__(self):
-        _whole("ahead", self.ahead, 0)
-        _whole("every", self.every, 1)
-        _whole("held", self.held, 0)
+        for name, least in dict(ahead=0, every=1, held=0).items(): _whole(name, getattr(self, name), least)
 
     @property
-    def bound(self) -> int:
-        "The largest staleness there can be."
-        return self.ahead + self.held + self.every - 1
+    def bound(self) -> int: return self.ahead + self.held + self.every - 1  # the largest staleness there can be
 
     def due(self, update: int) -> int:
         "The version that a trainer about to make `update` should have handed over."
@@ -148,9 +143,7 @@ def periodic() -> Schedule:
     return Schedule("periodic", stream=True)
 
 def asynchronous(k: int, partial: bool = False) -> Schedule:
-    """Two sets of devices: the newest weights, at most `k` updates old.
-
-    `partial`: a response under way goes on with new weights; otherwise these wait until nothing is under way."""
+    "Two sets of devices: the newest weights, at most `k` updates old. These wait until no response is under way, or (`partial`) all go on with them."
     return Schedule(f"async({k}{', partial' if partial else ''})", ahead=k, newest=True, partial=partial)
 
 # %% ../../nbs/llm/simulate.ipynb #d3a58d8c
@@ -173,13 +166,12 @@ class _Run:
         self.pieces = len(self.sampling[0])
         self.now, self.both, self.events = 0.0, False, []
         self.trained, self.published, self.weights = 0, 0, 0     # versions: of the trainer, handed over, in the sampler
-        self.asked = 0                                           # pieces that were begun
+        self.asked, self.taken = 0, 0                            # pieces that were begun, pieces of this update that were trained
         self.flying: list[list] = []                             # being sampled: [end, number, lane, start], the first to end first
         self.free = list(range(times.slots))
         self.loading: list | None = None                         # [end, start]
         self.job: list | None = None                             # what the trainer does: [end, kind, piece, start]
         self.done: dict[int, list[int]] = {}                     # finished pieces of each request, in the order in which they came
-        self.taken = 0                                           # pieces of this update that were trained
 
     def run(self) -> list[Event]:
         "All events, in the order in which they ended."
@@ -269,8 +261,7 @@ class _Run:
         self.both = both
         for side, running in enumerate(([*self.flying, self.loading], [self.job])):
             factor = self.slowdown[side] if both else 1 / self.slowdown[side]
-            for x in running:
-                if x is not None and factor != 1: x[0] = self.now + (x[0] - self.now) * factor
+            for x in [x for x in running if x is not None and factor != 1]: x[0] = self.now + (x[0] - self.now) * factor
 
 @dataclass
 class Simulation:
@@ -296,12 +287,10 @@ class Simulation:
 
 def simulate(times: Times, schedule: Schedule, updates: int | None = None, slowdown: tuple[float, float] = (1.0, 1.0)) -> Simulation:
     """Run `schedule` with these times, for as many updates as were measured unless `updates` says otherwise.
-
     slowdown: by which factor sampling, and training, take longer while both sides work, as two processes on one machine do."""
     updates = len(times.sampling) if updates is None else updates
     _whole("updates", updates, 1)
-    if len(slowdown) != 2 or not all(0 < f < float("inf") for f in slowdown):
-        raise ValueError(f"slowdown: expected two finite factors > 0, got {slowdown!r}")
+    if len(slowdown) != 2 or not all(0 < f < float("inf") for f in slowdown): raise ValueError(f"slowdown: expected two finite factors > 0, got {slowdown!r}")
     events = _Run(times, schedule, updates, slowdown).run()
     oldest, late, spent = [0] * updates, [0.0] * updates, [0.0] * updates
     for e in (e for e in events if e.kind == "sample"):
@@ -344,8 +333,8 @@ def gantt(simulations: list[Simulation], updates: int = 5) -> go.Figure:
                                  textposition="inside", insidetextanchor="middle", marker=dict(color=hue, line=dict(color="white", width=1))), row, 1)
         fig.update_yaxes(categoryorder="array", categoryarray=["trainer", *(f"slot {i}" for i in range(s.slots, 0, -1))], row=row)
     fig.update_xaxes(title_text="seconds", row=len(simulations))
-    return fig.update_layout(barmode="overlay", bargap=0.15, legend=dict(y=0, yref="container"),
-                             height=160 + 38 * sum(s.slots + 1 for s in simulations))
+    height = 160 + 38 * sum(s.slots + 1 for s in simulations)
+    return fig.update_layout(barmode="overlay", bargap=0.15, legend=dict(y=0, yref="container"), height=height)
 
 # %% ../../nbs/llm/simulate.ipynb #17967da7
 def period(sampling: float, training: float, sync: float = 0.0, ahead: int = 0, slots: int = 1) -> float:
@@ -376,8 +365,7 @@ class Cluster:
 
     def cost(self, need: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
         "Device-seconds a sample, and devices a model, where a model needs so much memory."
-        m = need / self.memory
-        if self.whole: m = m.ceil()
+        m = (need / self.memory).ceil() if self.whole else need / self.memory
         return m ** (1 - self.scaling) * eta, m
 
     def needs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
