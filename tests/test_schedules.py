@@ -1,11 +1,14 @@
 "Off-policyness on purpose: who waits for whom, replay, where the old log-probabilities come from, and an engine in another process."
 
+import copy
 import json
 import math
 import os
 import random
 import re
+import shutil
 import signal
+import tempfile
 import time
 from dataclasses import fields, replace
 from pathlib import Path
@@ -23,12 +26,13 @@ from offpolicy_rl.llm.cli import build_parser, config_values, main, parse
 from offpolicy_rl.llm.config import TrainConfig, checkpoint_folder, config_facts, old_of, resolve, run_name, same_config
 from offpolicy_rl.llm.engine import HFEngine, token_logps
 from offpolicy_rl.llm.model import embedded_path, load
+from offpolicy_rl.llm.old import Average
 from offpolicy_rl.llm.record import read_record
 from offpolicy_rl.llm.rollouts import Rollouts
 from offpolicy_rl.llm.schedule import streams
 from offpolicy_rl.llm.tasks import task
 from offpolicy_rl.llm.train import Trainer, train
-from offpolicy_rl.llm.worker import EngineProcess
+from offpolicy_rl.llm.worker import SHARED, EngineProcess, scratch
 from offpolicy_rl.recipes import recipe, recipes
 
 SHORT = dict(task="sort", prompts_per_step=4, group_size=4, eval_prompts=8, steps=6, eval_every=3)
@@ -433,6 +437,16 @@ def test_a_buffer_tells_the_versions_of_all_tokens():
     assert again.versions() == {4, 6}
 
 
+def test_a_buffer_that_lay_on_the_disk_goes_on_in_memory(tmp_path):
+    buffer = ReplayBuffer(20, memory=4, folder=tmp_path / "replay")
+    buffer.add(rollouts(0, [1, 2, 3]))
+    tensors, state, files = buffer.state()
+    again = ReplayBuffer(20)
+    again.restore(tensors, json.loads(json.dumps(state)), tmp_path / "replay")
+    one, other = (b.draw(3, 0, random.Random(0)) for b in (buffer, again))
+    assert len(files) == 2 and one.prompts == other.prompts and torch.equal(one.tokens, other.tokens) and torch.equal(one.reward, other.reward)
+
+
 # an engine on a device of its own that takes turns with the updates
 
 @pytest.mark.parametrize("how, ages", [(dict(staleness=2), [0, 1, 0, 1, 0]), (dict(mode="lag", staleness=1), [0, 1, 1, 1, 1])])
@@ -451,6 +465,41 @@ def test_an_engine_on_a_device_of_its_own(lent, tmp_path, how, ages):
     assert all(map(torch.equal, trainer.model.parameters(), other.model.parameters()))
 
 
+def test_what_a_piece_ends_with_is_said_by_the_process_that_knows(lent, tmp_path, monkeypatch):
+    "Of several processes the others do not, so nothing is asked of them: no batch is written."
+    trainer = Trainer(TrainConfig(**SHORT, recipe="reinforce", mode="periodic", out=str(tmp_path)))
+    monkeypatch.setattr(trainer, "stop", None)
+    def marks(r, rows): raise ValueError("the verifier said nan")
+    monkeypatch.setattr(trainer, "marks", marks)
+    with pytest.raises(ValueError, match="^the verifier said nan$"): trainer.advance()
+
+
+def test_room_in_memory_is_for_all_engines_of_a_machine():
+    free = shutil.disk_usage(SHARED).free
+    for engines, root in ((1, SHARED), (4, Path(tempfile.gettempdir()))):
+        folder, lock = scratch(free // 4, engines)
+        folder.joinpath("lock").unlink()
+        folder.rmdir()
+        lock.close()
+        assert folder.parent == root
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_average_of_a_policy_that_stands_still_is_the_policy(dtype):
+    policy = load("embedded", "sort", 0, dtype=dtype)[0]
+    average = Average(copy.deepcopy(policy).requires_grad_(False), 0.97)
+    for step in range(1, 100): average.begin(step, policy, None)
+    apart = max((a - b).abs().max().item() for a, b in zip(average.model.parameters(), policy.parameters()))
+    assert apart <= (0 if dtype == "bfloat16" else 1e-5)      # rounded to bfloat16, an error of 1e-7 is none
+    tensors, state = average.state()
+    again = Average(copy.deepcopy(policy).requires_grad_(False), 0.97)
+    again.restore({name: {k: x.clone() for k, x in named.items()} for name, named in tensors.items()}, state)
+    moved = load("embedded", "sort", 1, dtype=dtype)[0]
+    for a in (average, again): a.begin(100, moved, None)
+    assert all(map(torch.equal, average.model.parameters(), again.model.parameters()))
+    assert average.mean.keys() == again.mean.keys() and all(torch.equal(average.mean[name], x) for name, x in again.mean.items())
+
+
 # what does not go together
 
 @pytest.mark.parametrize("wrong, message", [
@@ -460,6 +509,9 @@ def test_an_engine_on_a_device_of_its_own(lent, tmp_path, how, ages):
     (dict(engine="sglang"), "engine: expected one of hf, vllm, vllm-server, http"),
     (dict(engine_device="cpu", engine="http://a:1"), "engine_device: a server at an address has its own device; expected None, got 'cpu'"),
     (dict(engine_options=dict(max_len=64)), "engine_options: these are vLLM's; expected none with engine hf, got {'max_len': 64}"),
+    (dict(engine="vllm", engine_options=dict(dtype="bfloat16")), "engine_options: dtype is not one of them; expected engine_dtype"),
+    (dict(engine="vllm", engine_options=dict(max_kept="abc")), "engine_options: max_kept: expected a whole number of at least 0, got 'abc'"),
+    (dict(engine="vllm", engine_options=dict(cache_gib=0)), "engine_options: cache_gib: expected a positive number, got 0"),
     (dict(sync_limit=-1.0), "sync_limit: expected None or a number of at least 0, got -1.0"),
     (dict(replay=4), "replay: expected room for at least the 128 responses"), (dict(replay_age=2), "replay_age: nothing is stored with replay=0"),
     (dict(replay=512, replay_share=0.01), "replay_share: 0.01 of 16 prompts is less than one group"),

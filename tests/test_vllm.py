@@ -326,8 +326,10 @@ from offpolicy_rl.llm.config import TrainConfig
 from offpolicy_rl.llm.fidelity import fidelity
 from offpolicy_rl.llm.train import Trainer
 prompts, out = json.loads(sys.argv[2]), []
-for engine in ("vllm", sys.argv[1]):
-    trainer = Trainer(TrainConfig(recipe="topr", task="sort", engine=engine, staleness=2, prompts_per_step=5, group_size=4, eval_prompts=8, threads=1))
+for engine in ("vllm-server", sys.argv[1]):
+    options = dict(cache_gib=0.25) if engine == "vllm-server" else {}
+    trainer = Trainer(TrainConfig(recipe="topr", task="sort", engine=engine, engine_options=options, staleness=2, prompts_per_step=5, group_size=4,
+                                  eval_prompts=8, threads=1))
     rows, engine = [trainer.advance() for _ in range(3)], trainer.schedule.engine
     here, moved = parallel.everywhere(engine.engine is not None), fidelity(engine, trainer.model, prompts)
     trainer.hand_over(engine, 3)
@@ -341,12 +343,17 @@ parallel.leave()
 
 @in_its_environment
 def test_in_two_processes(models, server, tmp_path):
-    "Each with an engine of its own, and both with one server at an address: log-probs are the trainers', and every sync arrives."
+    "Each with an engine of its own, and both with one server at an address: log-probs are the trainers', every sync arrives, and no file is left."
     (tmp_path / "two.py").write_text(TWO, encoding="utf-8")
+    (tmp_path / "files").mkdir()
+    left = lambda: {*Path("/dev/shm").glob("psm_*"), *(tmp_path / "files").glob("offpolicy-*")}
+    before = left()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "two.py")]
     with forwarded(server.address.removeprefix("unix:")) as address:
-        done = subprocess.run([*command, address, json.dumps(PROMPTS)], capture_output=True, text=True, timeout=300)
+        done = subprocess.run([*command, address, json.dumps(PROMPTS)], capture_output=True, text=True, timeout=300,
+                              env=os.environ | dict(TMPDIR=str(tmp_path / "files")))
     assert done.returncode == 0, done.stderr
+    assert left() <= before
     for run, here in zip(json.loads(done.stdout.splitlines()[-1]), ([True, True], [True, False]), strict=True):
         assert run["here"] == here and run["ages"] == [0, 1, 0] and run["texts"] == 1
         assert max(run["gaps"]) < EXACT < 0.01 < run["moved"] and abs(run["kl"][0]) < EXACT < abs(run["kl"][1])
@@ -593,6 +600,13 @@ def test_options_reach_a_server_of_another_process(models, tmp_path):
     with pytest.raises(Failed, match="exit code 3; .*asked: .*--max-model-len 77 .*--tensor-parallel-size 2"): there.sample(["31="], 1, 4)
     with pytest.raises(Failed, match="asked: .*--max-model-len -1 .*--swap-space 3"):
         make_engine("vllm-server", model, tokenizer, options=dict(python=str(python), swap_space=3))
+
+
+@outside
+def test_too_wide_kept_sets_are_refused_before_the_engine_starts(models):
+    how = dict(recipe="topr", task="sort", engine="vllm-server", top_p=0.9, eval_prompts=8)
+    with pytest.raises(ValueError, match="top_k: .*expected top_k from 1 to 8, got 0"):
+        Trainer(TrainConfig(**how, engine_options=dict(max_kept=8, python="/no/such/python")))
 
 
 @outside

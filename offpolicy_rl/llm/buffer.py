@@ -34,6 +34,9 @@ class Group:
     def load(self, device: str) -> Rollouts: return (rollouts_from(*unpack(self.path.read_bytes())) if self.held is None else self.held).to(device)
 
 
+def _name(group: Group) -> str: return f"group-{group.number:08d}.safetensors"
+
+
 class ReplayBuffer:
     """Groups of responses, oldest first: at most `capacity` responses, none older than `max_age` updates.
 
@@ -89,7 +92,7 @@ class ReplayBuffer:
     def _path(self, group: Group) -> Path:
         "The group's file. Of several processes, which all hold the same, the first writes it."
         if first(): self.folder.mkdir(parents=True, exist_ok=True)
-        return self.folder / f"group-{group.number:08d}.safetensors"
+        return self.folder / _name(group)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any], list[Path]]:
         "All of it for a checkpoint: tensors, plain values, and the files that are on the disk already."
@@ -111,7 +114,8 @@ class ReplayBuffer:
         for row in state["groups"]:
             facts = row.pop("facts", None)
             group = Group(**row, held=None if facts is None else rollouts_from(named[str(row["number"])], facts))
-            if facts is None:
+            if facts is None and self.folder is None: group.held = rollouts_from(*unpack((linked / _name(group)).read_bytes()))
+            elif facts is None:
                 group.path = self._path(group)
                 if first(): link_or_copy(linked / group.path.name, group.path)
             self.groups.append(group)

@@ -105,7 +105,7 @@ _SAMPLING = (("mode", str, "how sampling and updates take turns: sync brings the
              ("partial", bool, "in mode async: newer weights take over between two tokens of a response"),
              ("engine", str, "what samples: hf, vllm, vllm-server, or the http address of a vLLM server"),
              ("engine_dtype", str, "of the sampling weights, e.g. bfloat16 for a real mismatch; the same by default", "DTYPES"),
-             ("engine_options", dict, "of vLLM, for instance max_len=4096 gpu_memory_utilization=0.3 tensor_parallel_size=2"),
+             ("engine_options", dict, "of vLLM, for instance max_len=4096 gpu_memory_utilization=0.3"),
              ("sync_limit", float, "nats by which the log-probs of vLLM may differ from the trainer's after a sync, else the run stops; 0: not checked"),
              ("engine_device", str, "of the sampling weights; the same by default"), ("temperature", float, "of sampling"),
              ("top_p", float, "sample from the smallest set of tokens that holds this mass"), ("top_k", int, "sample from that many tokens; 0: from all"),

@@ -161,9 +161,17 @@ class Collector(Learner):
         "Take in the batch piece by piece as it comes, what is stored first; the fresh rollouts. `update` finds the gradients ready."
         with self.clock("training"):
             self.optimizer.zero_grad()
-            stored = [] if self.stored is None else [self.stored]
-            try: _, *found = accumulate(self, itertools.chain(stored, pieces), by)
-            except ValueError as error: self.stop(ValueError(f"step {self.step}: {error}"), joined([*stored, *self.fresh]))
+            stored, failed = [] if self.stored is None else [self.stored], []
+
+            def coming() -> Iterator[Rollouts]:
+                try: yield from itertools.chain(stored, pieces)
+                except Exception as error:
+                    failed.append(error)
+                    raise
+            try: _, *found = accumulate(self, coming(), by)
+            except ValueError as error:
+                if failed: raise      # a piece that did not come: of several processes only one may know
+                self.stop(ValueError(f"step {self.step}: {error}"), joined([*stored, *self.fresh]))
             self.streamed = [p.grad for p in self.trained], *found
         return joined(self.fresh)
 

@@ -15,7 +15,9 @@ from torch import Tensor
 from .adapter import merged_weights
 from .checkpoint import set_weights, weights
 from .config import TrainConfig, old_of
+from .master import HALF
 from .rollouts import Rollouts
+from .shard import like
 from ..recipes import Recipe
 
 # %% ../../nbs/llm/old.ipynb #da905233
@@ -102,19 +104,25 @@ class Average(Behaviour):
 
     The average over versions $0..n$ weighs version $i$ with $\beta^{n-i}$, and these weights sum to one: at $\beta=0$ it is the policy itself."""
 
-    def __init__(self, model, beta: float): self.model, self.beta, self.mass, self.step = model, beta, 1.0, 0
+    def __init__(self, model, beta: float):
+        self.model, self.beta, self.mass, self.step = model, beta, 1.0, 0
+        own = {} if model is None else weights(model)
+        self.mean = {name: p.float() if p.dtype in HALF else p for name, p in own.items()}      # in half precision it would stand still
 
     @torch.no_grad()
     def begin(self, step, policy, needed):
         if self.model is None or step == self.step: return
         before, self.mass, self.step = self.mass, self.beta * self.mass + 1, step
         new = merged_weights(policy)
-        for name, mine in self.model.named_parameters(): mine.mul_(self.beta * before / self.mass).add_(new[name] / self.mass)
+        for name, mine in self.mean.items(): mine.mul_(self.beta * before / self.mass).add_(new[name].to(mine.dtype) / self.mass)
+        set_weights(self.model, self.mean)
 
-    def state(self): return super().state()[0], dict(mass=self.mass, step=self.step)
+    def state(self): return ({} if self.model is None else dict(proximal=self.mean)), dict(mass=self.mass, step=self.step)
 
+    @torch.no_grad()
     def restore(self, tensors, state):
         super().restore(tensors, state)
+        for name, mine in self.mean.items(): mine.copy_(like(tensors["proximal"][name], mine))
         self.mass, self.step = state["mass"], state["step"]
 
 

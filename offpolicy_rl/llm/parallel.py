@@ -76,11 +76,11 @@ def share(items: Sequence) -> Sequence:
     return items[len(items) * rank // world:len(items) * (rank + 1) // world]
 
 
-def next_gpu(device: str | None) -> str | None:
-    "A GPU that is named for the first process of a machine, and for the others those that follow it; what is no numbered GPU, as it is."
+def next_gpu(device: str | None, each: int = 1) -> str | None:
+    "A GPU that is named for the first process of a machine, and for the others those that follow it, if `each` takes so many; what is no GPU, as it is."
     if device is None or place()[1] == 1 or torch.device(device).type != "cuda": return device
-    number, gpus = (torch.device(device).index or 0) + int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if number >= gpus: raise ValueError(f"engine_device: expected a GPU for each process of a machine from {device} on, got {gpus} GPUs in all")
+    number, gpus = (torch.device(device).index or 0) + each * int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if number + each > gpus: raise ValueError(f"engine_device: expected {each} GPU for each process of a machine from {device} on, got {gpus} GPUs in all")
     return f"cuda:{number}"
 
 

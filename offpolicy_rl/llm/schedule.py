@@ -21,6 +21,7 @@ from .model import embedded_path
 from .parallel import first, next_gpu, place
 from .pieces import made_up_batch
 from .rollouts import Rollouts, joined, pad_right
+from .sampling import MAX_KEPT, Sampling
 from .together import Together
 from .worker import EngineProcess, make_engine
 from ..recipes import Recipe
@@ -235,13 +236,15 @@ def apart(config: TrainConfig) -> bool:
 def _engine(trainer) -> Engine:
     "The trainer's engine, with the weights that it has now."
     c = trainer.config
+    if c.engine != "hf": Sampling(**trainer.how).check(trainer.model.config.vocab_size, c.engine_options.get("max_kept", MAX_KEPT))     # before it starts
     if not apart(c):
         on_policy = c.mode == "sync" and c.staleness == 1 and (c.engine_dtype is None or c.shard)
         if on_policy and c.engine == "hf": return trainer.live
         return make_engine(c.engine, trainer.whole, trainer.tokenizer, c.engine_dtype, options=c.engine_options)
     name = str(embedded_path(trainer.task, c.seed)) if c.model == "embedded" else c.model
     converses = trainer.task.name if hasattr(trainer.task, "reply") else None
-    start = lambda: EngineProcess(trainer.whole, name, c.engine, c.engine_dtype, next_gpu(c.engine_device), c.threads, converses, c.sync_limit,
+    gpus = c.engine_options.get("tensor_parallel_size", 1)
+    start = lambda: EngineProcess(trainer.whole, name, c.engine, c.engine_dtype, next_gpu(c.engine_device, gpus), c.threads, converses, c.sync_limit,
                                   c.engine_options)
     if place()[1] == 1: return start()
     return Together(start() if first() or not c.engine.startswith("http") else None, trainer.whole.device)      # one server has one version of the weights

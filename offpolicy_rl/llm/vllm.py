@@ -40,7 +40,7 @@ from .adapter import merged_weights
 from .engine import HFEngine
 from .model import decode, encode
 from .rollouts import Rollouts, pad_left
-from .sampling import Sampling
+from .sampling import MAX_KEPT, Sampling
 from .verify import Failed
 
 # %% ../../nbs/llm/vllm.ipynb #2f21750c
@@ -113,9 +113,7 @@ class _VLLM:
         if n < 1 or max_tokens < 1: raise ValueError(f"sample: expected n >= 1 and max_tokens >= 1, got {n}, {max_tokens}")
         how = Sampling(temperature, top_p, top_k, min_p)
         if 0 < temperature < 0.01 or temperature > 2: raise ValueError(f"temperature: vLLM takes 0, or 0.01 to 2, got {temperature}")
-        if how.truncates and 0 < self.max_kept < self.vocabulary and not 0 < top_k <= self.max_kept:
-            raise ValueError(f"top_k: vLLM is asked for max_kept={self.max_kept} of the tokens that truncation leaves, and top-p or min-p alone may leave more "
-                             f"of {self.vocabulary}; expected top_k from 1 to {self.max_kept}, got {top_k}")
+        how.check(self.vocabulary, self.max_kept)
         rows = encode(self.tokenizer, prompts)
         room = self.max_len - max(map(len, rows))
         if max_tokens > room: raise ValueError(f"max_tokens: max_len={self.max_len} leaves {room} beside the longest prompt, got {max_tokens}")
@@ -185,8 +183,9 @@ class VLLMEngine(_VLLM):
     instance `enable_prefix_caching=True`."""
 
     def __init__(self, model, tokenizer, *, dtype: str | torch.dtype | None = None, device: str = "cpu", max_len: int | None = None, seed: int = 0,
-                 cache_gib: float = 1.0, gpu_memory_utilization: float = 0.5, max_kept: int = 64, **options):
+                 cache_gib: float = 1.0, gpu_memory_utilization: float = 0.5, max_kept: int = MAX_KEPT, **options):
         self._about(model, tokenizer, dtype, device, max_kept)
+        if options.get("tensor_parallel_size", 1) != 1: raise ValueError("tensor_parallel_size: expected 1 in this process; a VLLMServer takes several GPUs")
         settings = _settings(self.dtype, device, max_len, seed, cache_gib, gpu_memory_utilization) | options
         gc.collect()  # an engine that nobody holds any more ends now, and not in the midst of the next one
         if _OPEN: raise ValueError("engine: expected no other VLLMEngine in this process, got one that is open: close() it, or take a VLLMServer")
@@ -285,7 +284,7 @@ class VLLMServer(_VLLM):
     Raises Failed, with the cause and the end of its log, where it cannot start, and where it does not answer."""
 
     def __init__(self, model, tokenizer, *, dtype: str | torch.dtype | None = None, device: str = "cpu", max_len: int | None = None, seed: int = 0,
-                 cache_gib: float = 1.0, gpu_memory_utilization: float = 0.5, max_kept: int = 64, address: str | None = None,
+                 cache_gib: float = 1.0, gpu_memory_utilization: float = 0.5, max_kept: int = MAX_KEPT, address: str | None = None,
                  folder: Path | str | None = None, python: str = sys.executable, flags: Sequence[str] = (),
                  start_seconds: float = 600, answer_seconds: float = 600, **options):
         self._about(model, tokenizer, dtype, device, max_kept)
