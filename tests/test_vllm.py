@@ -342,7 +342,7 @@ parallel.leave()
 
 
 @in_its_environment
-def test_in_two_processes(models, server, tmp_path):
+def test_in_two_processes(models, server, tied, tmp_path):
     "Each with an engine of its own, and both with one server at an address: log-probs are the trainers', every sync arrives, and no file is left."
     (tmp_path / "two.py").write_text(TWO, encoding="utf-8")
     (tmp_path / "files").mkdir()
@@ -357,6 +357,7 @@ def test_in_two_processes(models, server, tmp_path):
     for run, here in zip(json.loads(done.stdout.splitlines()[-1]), ([True, True], [True, False]), strict=True):
         assert run["here"] == here and run["ages"] == [0, 1, 0] and run["texts"] == 1
         assert max(run["gaps"]) < EXACT < 0.01 < run["moved"] and abs(run["kl"][0]) < EXACT < abs(run["kl"][1])
+    server.sync(tied, 0)      # the next test's
 
 
 @contextlib.contextmanager
