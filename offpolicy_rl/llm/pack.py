@@ -82,7 +82,7 @@ def fill(prompts: list[int], members: list[list[int]], sizes: list[int], length:
     return best
 
 
-def sizes_read(rollouts: Rollouts) -> Int[Tensor, "b"]:
+def sizes_read(rollouts: Rollouts) -> Int[Tensor, " b"]:
     "How many tokens of each response are read: all but the last."
     return ((rollouts.mask != 0) * torch.arange(rollouts.mask.shape[1], device=rollouts.mask.device)).amax(1)
 
@@ -226,7 +226,7 @@ def check_reach(model, rollouts: Rollouts) -> None:
     if (end := reach(model)) is None: return
     longest = int((rollouts.prompt_mask.sum(1)[rollouts.group] + sizes_read(rollouts)).max())
     if longest > end:
-        raise ValueError(f"model: {type(model).__name__} chooses its rotary frequencies by the longest position of a batch where this is beyond {end}, so that no "
+        raise ValueError(f"model: {type(model).__name__} chooses its rotary frequencies by the longest position of a batch where this is beyond {end}, so no "
                          f"response has log-probabilities of its own; got a prompt and response of {longest} tokens, expected fewer max_tokens")
 
 
