@@ -7,6 +7,8 @@ import pytest
 
 pytest.importorskip("transformers")
 import torch
+import torch.distributed as dist
+from forks import ended, fork
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import BlockMask
@@ -24,6 +26,7 @@ from offpolicy_rl.llm.logp import model_logps
 from offpolicy_rl.llm.model import char_tokenizer, load
 from offpolicy_rl.llm.pack import attention_mask, best_fit, layout, packed_logits, refusal
 from offpolicy_rl.llm.rollouts import Rollouts, pad_left
+from offpolicy_rl.llm.shard import Sharded
 from offpolicy_rl.llm.tool import rollout
 
 VOCABULARY = 40
@@ -353,8 +356,11 @@ def test_rows_wider_than_the_table_of_places_are_refused():
     assert refusal(neo(kind="global"), 64) is None and "does not take packed rows of 65 tokens" in refusal(neo(kind="global"), 65)
 
 
-def test_a_longer_response_stands_alone_where_its_row_would_be_read_otherwise(monkeypatch):
-    r = of_lengths([5, 3, 8], [[4, 1, 33, 9], [2, 12, 1], [6, 28]])
+TALL = of_lengths([5, 3, 8], [[4, 1, 33, 9], [2, 12, 1], [6, 28]])
+
+
+def test_a_longer_response_stands_alone_where_its_row_would_be_read_otherwise():
+    r = TALL
     for model in (neo(), neo(window=64)):
         plain, real = one_by_one(model, r), real_of(r)
         packed = packed_logits(model, r, 24)
@@ -362,6 +368,24 @@ def test_a_longer_response_stands_alone_where_its_row_would_be_read_otherwise(mo
         base = gradient(model, plain)
         assert (gradient(model, packed[real]) - base).norm() <= ROUNDING * base.norm()
     assert layout(r, 24).ids.shape[1] == layout(r, 24, apart=True).ids.shape[1] == 37
+
+
+def in_parts() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    model, seen = neo(torch.float32, window=64), []
+    plain = one_by_one(model, TALL)
+    assert refusal(model, 24) is None
+    model.get_input_embeddings().register_forward_hook(lambda layer, given, out: seen.append(tuple(given[0].shape)))
+    packed = Sharded(model, "cpu")(lambda model: packed_logits(model, TALL, 24))
+    assert seen == [tuple(layout(TALL, 24, apart=True).ids.shape)]
+    assert (packed[real_of(TALL)] - plain).abs().max() <= ROUNDING * plain.abs().max()
+    with pytest.raises(ValueError, match="^pack: .*is in parts, and has not been asked about rows of 30 tokens"): pack.check_packs(model, 30)
+    dist.destroy_process_group()
+
+
+def test_a_model_in_parts_is_not_asked_any_more():
+    "For that all processes would have to ask at once, each about rows as wide as its own."
+    assert ended(fork(in_parts)) == 0
 
 
 def test_the_learner_asks_for_rows_as_long_as_pack(tmp_path):
