@@ -356,7 +356,7 @@ def test_rows_wider_than_the_table_of_places_are_refused():
     assert refusal(neo(kind="global"), 64) is None and "does not take packed rows of 65 tokens" in refusal(neo(kind="global"), 65)
 
 
-TALL = of_lengths([5, 3, 8], [[4, 1, 33, 9], [2, 12, 1], [6, 28]])
+TALL = of_lengths([5, 3, 8], [[9, 1, 33, 9, 9, 9], [2, 12, 1], [6, 28]])
 
 
 def test_a_longer_response_stands_alone_where_its_row_would_be_read_otherwise():
