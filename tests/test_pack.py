@@ -348,7 +348,7 @@ def test_a_window_that_no_cache_shows_is_found_at_the_width_of_the_rows(dtype):
     model = neo(dtype)
     assert pack.remembers_all(model) and refusal(model) is None and refusal(model, 24) is None
     assert "packed rows of 25 tokens otherwise" in refusal(model, 25) and "of 25 tokens" in refusal(model, 64) and refusal(model, 24) is None
-    with pytest.raises(ValueError, match="^pack: GPTNeoForCausalLM reads .* of 25 tokens otherwise .*expected None or less"): pack.check_packs(model, 30)
+    with pytest.raises(ValueError, match="^pack: GPTNeo.* of 25 tokens otherwise .*expected None or shorter rows"): pack.check_packs(model, 30)
     assert "packed rows of 40 tokens otherwise" in refusal(neo(dtype), 40)
 
 
@@ -396,7 +396,7 @@ def test_the_learner_asks_for_rows_as_long_as_pack(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     how = dict(recipe="ppo", task="sort", model=str(tmp_path))
     Learner(TrainConfig(pack=32, **how))
-    with pytest.raises(ValueError, match="^pack: GPTNeo.*packed rows of 48 tokens.*expected None or less"): Learner(TrainConfig(pack=48, **how))
+    with pytest.raises(ValueError, match="^pack: GPTNeo.*packed rows of 48 tokens.*expected None or shorter rows"): Learner(TrainConfig(pack=48, **how))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -409,6 +409,10 @@ def test_a_model_is_asked_once_and_left_as_it_was(dtype, monkeypatch):
     assert all(p.dtype == dtype and torch.equal(p, q) for p, q in zip(model.parameters(), before))
     monkeypatch.setattr(pack, "_refusal", None)
     assert refusal(model) is None
+
+
+def test_a_model_is_asked_in_full_precision_under_autocast_too():
+    with torch.autocast("cpu", torch.bfloat16): assert refusal(made("llama", torch.float32)) is None
 
 
 def sees_its_neighbours(at):

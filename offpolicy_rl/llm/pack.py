@@ -292,7 +292,7 @@ def _difference(model, r: Rollouts, at: Layout, alone: Tensor) -> str | None:
 def check_packs(model, length: int = 1) -> None:
     "Raise ValueError where `model` would read packed rows of up to `length` tokens otherwise than plain ones."
     if why := refusal(model, length):
-        raise ValueError(f"pack: {type(model).__name__} {why}; expected None{' or less' if refusal(model) is None else ''}")
+        raise ValueError(f"pack: {type(model).__name__} {why}; expected None{' or shorter rows' if refusal(model) is None else ''}")
 
 
 def packed_logits(model, rollouts: Rollouts, length: int, attention: str | None = None) -> PerVocab:
