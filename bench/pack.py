@@ -86,7 +86,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = embedded_model(architecture=SIZE)
-    check_packs(model)      # its passes are not counted
+    check_packs(model, max(LENGTHS))      # its passes are not counted
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters, {args.groups} prompts with {args.n} responses each")
     for title, tail in (("lengths with a long tail", 1.0), ("all of one length", 0.0)):
         r = batch(args.groups, args.n, tail, args.longest)

@@ -19,11 +19,12 @@ from offpolicy_rl.core import Advantage, PerToken, TokenMask, method
 from offpolicy_rl.llm import parallel
 from offpolicy_rl.llm.adapter import merged_weights, with_adapter
 from offpolicy_rl.llm.config import TrainConfig
-from offpolicy_rl.llm.engine import HFEngine, token_entropy, token_logps
+from offpolicy_rl.llm.engine import HFEngine, positions, token_entropy, token_logps
 from offpolicy_rl.llm.checkpoint import checkpoints
 from offpolicy_rl.llm.learner import Learner
 from offpolicy_rl.llm.master import Masters
 from offpolicy_rl.llm.model import embedded_model, load
+from offpolicy_rl.llm.pack import reach
 from offpolicy_rl.llm.pieces import ignores_equals, independent
 from offpolicy_rl.llm.rollouts import Rollouts, joined
 from offpolicy_rl.llm.sampling import Sampling, race
@@ -70,6 +71,55 @@ def test_log_probs_are_those_of_a_row_that_is_read_alone(loaded, kind):
         alone = logits.log_softmax(-1).gather(1, r.tokens[i, :n, None])[:, 0]
         assert (alone - r.logp_mu[i, :n]).abs().max() < 2e-5 and (alone - logp[i, :n]).abs().max() < 2e-5
     assert len({tuple(row) for row in r.tokens.tolist()}) > 8
+
+
+# rotary frequencies that depend on the longest position of a batch
+
+ROPES = dict(phi3=dict(max_position_embeddings=64, original_max_position_embeddings=16,
+                       rope_parameters=dict(rope_type="longrope", rope_theta=10000.0, short_factor=[1.0] * 4, long_factor=[4.0] * 4, factor=4.0)),
+             llama=dict(max_position_embeddings=16, rope_parameters=dict(rope_type="dynamic", rope_theta=10000.0, factor=4.0)))
+
+
+def roped(kind: str):
+    usual = dict(vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0,
+                 eos_token_id=1, bos_token_id=None)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **usual, **ROPES[kind]), dtype=torch.float64).eval()
+    for p in model.parameters(): torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+def alone(model, prompt: torch.Tensor, response: torch.Tensor) -> torch.Tensor:
+    logits = model(torch.cat([prompt, response[:-1]])[None], use_cache=False).logits[0, -len(response):]
+    return logits.log_softmax(-1).gather(1, response[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("kind", ROPES)
+@torch.no_grad()
+def test_up_to_the_first_length_frequencies_are_the_same_for_all_and_beyond_it_is_refused(loaded, kind):
+    model = roped(kind)
+    assert reach(model) == positions(model) == 16 and reach(loaded[0]) is None
+    engine, prompts = HFEngine(model, loaded[1]), ["52918043=", "31="]
+    with pytest.raises(ValueError, match="^max_tokens: expected at most 8, for 16 positions .*rotary.* prompt of 9 tokens, got 9"): engine.sample(prompts, 2, 9)
+    short, long = engine.sample(prompts, 6, 8, generator=seeded(1)), engine.sample(prompts[1:], 6, 14, generator=seeded(1))
+    assert short.mask.sum(1).max() == 8 and long.mask.sum(1).max() == 14
+    both = joined([short, long])            # the rectangle is wider than what any response needs
+    assert both.prompt_ids.shape[1] + both.tokens.shape[1] - 1 > 16
+    for r in (short, long, both):
+        for how in ({}, dict(share=False), dict(share=True), dict(pack=64)):
+            logp = token_logps(model, r, **how)[0]
+            for i in range(len(r)):
+                n, prompt = int(r.mask[i].sum()), r.prompt_ids[r.group[i]][r.prompt_mask[r.group[i]]]
+                expected = alone(model, prompt, r.tokens[i, :n])
+                assert (logp[i, :n] - expected).abs().max() < 1e-5 and (r.logp_mu[i, :n] - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_a_response_beyond_the_first_length_is_not_read(loaded, kind):
+    r = HFEngine(loaded[0], loaded[1]).sample(["52918043="], 2, 9, generator=seeded(1))
+    assert r.mask.sum(1).max() == 9         # with its prompt 17 tokens are read
+    for how in ({}, dict(pack=64)):
+        with pytest.raises(ValueError, match="^model: .* beyond 16, .*response of 17 tokens, expected fewer max_tokens"): token_logps(roped(kind), r, **how)
 
 
 # a world that can be enumerated: five tokens, of which one ends, at most three of them

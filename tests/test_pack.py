@@ -7,10 +7,14 @@ import pytest
 
 pytest.importorskip("transformers")
 import torch
+import torch.distributed as dist
+from forks import ended, fork
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from offpolicy_rl.llm import pack
 from offpolicy_rl.llm.cli import config_values, parse
@@ -22,6 +26,7 @@ from offpolicy_rl.llm.logp import model_logps
 from offpolicy_rl.llm.model import char_tokenizer, load
 from offpolicy_rl.llm.pack import attention_mask, best_fit, layout, packed_logits, refusal
 from offpolicy_rl.llm.rollouts import Rollouts, pad_left
+from offpolicy_rl.llm.shard import Sharded
 from offpolicy_rl.llm.tool import rollout
 
 VOCABULARY = 40
@@ -32,7 +37,7 @@ ROUNDING = 16 * torch.finfo(torch.float32).eps
 EXACT = dict(gpt2={}, gpt_neox={}, phi={}, opt=dict(ffn_dim=48, word_embed_proj_dim=32), falcon={})
 ROUNDED = dict(llama={}, qwen2={}, qwen3=dict(head_dim=8), phi3={})
 EXPERTS = dict(head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
-REFUSED = dict(bloom="does not take packed rows", mpt="reads packed rows otherwise", mistral="a sliding window", gemma3_text="a sliding window",
+REFUSED = dict(bloom="does not take packed rows", mpt=r"reads packed rows of \d+ tokens otherwise", mistral="a sliding window", gemma3_text="a sliding window",
                mamba="a recurrent state")
 
 
@@ -91,10 +96,10 @@ groups = st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(1, 12), max_
 
 
 @settings(max_examples=60, deadline=None)
-@given(groups, st.integers(1, 60), st.integers(0, 99))
-def test_every_token_stands_once_in_its_place_and_sees_what_it_saw_alone(lengths, length, seed):
+@given(groups, st.integers(1, 60), st.integers(0, 99), st.booleans())
+def test_every_token_stands_once_in_its_place_and_sees_what_it_saw_alone(lengths, length, seed, apart):
     r = of_lengths([p for p, _ in lengths], [some for _, some in lengths], seed)
-    at, longs = layout(r, length), lengths_of(r)
+    at, longs = layout(r, length, apart), lengths_of(r)
     n, width = at.ids.shape
     prompts = r.prompt_mask.sum(1).tolist()
     assert width <= max(length, max(prompts[g] + k - 1 for g, k in zip(r.group.tolist(), longs)))
@@ -109,7 +114,10 @@ def test_every_token_stands_once_in_its_place_and_sees_what_it_saw_alone(lengths
             assert ids[sight].tolist() == whole[:prompts[g] + j].tolist() and place[sight].tolist() == list(range(prompts[g] + j))
         assert (at.reads[i, longs[i]:] == at.reads[i, 0]).all()
     assert seen.any(-1).all()                                               # padding sees something, too: there is no softmax over nothing
-    assert all(torch.equal(x, y) for x, y in zip(vars(at).values(), vars(layout(r, length)).values()))
+    assert all(torch.equal(x, y) for x, y in zip(vars(at).values(), vars(layout(r, length, apart)).values()))
+    for row in range(n):                                                    # what stands alone in a row is at places that are its positions
+        used = int(at.block[row].bool().sum())
+        if apart and used > length: assert at.owner[row].unique().numel() <= 2 and torch.equal(at.position[row, :used], torch.arange(used))
 
 
 @settings(max_examples=60, deadline=None)
@@ -270,6 +278,26 @@ def test_a_prompt_is_read_once_under_gradient_checkpointing_too(exact, name, mor
     if name == "policy": assert tokens() == [len(d) * (d.prompt_ids.shape[1] + d.tokens.shape[1] - 1)]
 
 
+@pytest.mark.parametrize("recipe, how", [("ppo", {}), ("grpo_k3", dict(logp_chunk=7)), ("ppo", dict(lora=4)), ("self_normalised_is", dict(micro_batch=6))],
+                         ids=str)
+def test_what_is_read_again_is_read_with_the_same_attention(exact, recipe, how):
+    "The model's own attention is one that reads no packed rows: not in the backward pass either."
+    calls = []
+    def own(*args, **kwargs):
+        calls.append(torch.is_grad_enabled())
+        return sdpa_attention_forward(*args, **kwargs)
+    AttentionInterface.register("own", own)
+    AttentionMaskInterface.register("own", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    config = TrainConfig(recipe=recipe, task="sort", model=exact[0], dtype="float64", gradient_checkpointing=True, **how)
+    plain, packed = Learner(config), Learner(replace(config, pack=48))
+    for learner in (plain, packed): learner.model.set_attn_implementation("own")
+    plain.update(exact[1])
+    assert any(calls)
+    calls.clear()
+    packed.update(exact[1])
+    assert not calls and packed.model.config._attn_implementation == "own"
+
+
 def test_responses_of_a_group_stay_in_one_pass_where_nothing_is_padded(exact):
     r = exact[1].take(torch.arange(24))
     r.mask = (torch.arange(12) < torch.tensor([2, 12]).repeat(12)[:, None]).double()
@@ -310,6 +338,67 @@ def test_a_window_that_is_switched_off_is_none():
     assert "a sliding window" in refusal(on) and refusal(off) is None
 
 
+def neo(dtype=torch.float64, window: int = 24, places: int = 64, kind: str = "local"):
+    "A GPT-Neo, whose cache says nothing of the window in every second layer."
+    return made("gpt_neo", dtype, num_layers=2, num_heads=4, attention_types=[[["global", kind], 1]], window_size=window, max_position_embeddings=places)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_window_that_no_cache_shows_is_found_at_the_width_of_the_rows(dtype):
+    model = neo(dtype)
+    assert pack.remembers_all(model) and refusal(model) is None and refusal(model, 24) is None
+    assert "packed rows of 25 tokens otherwise" in refusal(model, 25) and "of 25 tokens" in refusal(model, 64) and refusal(model, 24) is None
+    with pytest.raises(ValueError, match="^pack: GPTNeo.* of 25 tokens otherwise .*expected None or shorter rows"): pack.check_packs(model, 30)
+    assert "packed rows of 40 tokens otherwise" in refusal(neo(dtype), 40)
+
+
+def test_rows_wider_than_the_table_of_places_are_refused():
+    assert refusal(neo(kind="global"), 64) is None and "does not take packed rows of 65 tokens" in refusal(neo(kind="global"), 65)
+
+
+TALL = of_lengths([5, 3, 8], [[9, 1, 33, 9, 9, 9], [2, 12, 1], [6, 28]])
+
+
+def test_a_longer_response_stands_alone_where_its_row_would_be_read_otherwise():
+    r = TALL
+    for model in (neo(), neo(window=64)):
+        plain, real = one_by_one(model, r), real_of(r)
+        packed = packed_logits(model, r, 24)
+        assert (packed[real] - plain).abs().max() <= ROUNDING * plain.abs().max()      # its attention is in float32
+        base = gradient(model, plain)
+        assert (gradient(model, packed[real]) - base).norm() <= ROUNDING * base.norm()
+    assert layout(r, 24).ids.shape[1] == layout(r, 24, apart=True).ids.shape[1] == 37
+
+
+def in_parts() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    model, seen = neo(torch.float32, window=64), []
+    plain = one_by_one(model, TALL)
+    assert refusal(model, 24) is None
+    model.get_input_embeddings().register_forward_hook(lambda layer, given, out: seen.append(tuple(given[0].shape)))
+    packed = Sharded(model, "cpu")(lambda model: packed_logits(model, TALL, 24))
+    assert seen == [tuple(layout(TALL, 24, apart=True).ids.shape)]
+    assert (packed[real_of(TALL)] - plain).abs().max() <= ROUNDING * plain.abs().max()
+    with pytest.raises(ValueError, match="^pack: .*is in parts, and has not been asked about rows of 30 tokens"): pack.check_packs(model, 30)
+    dist.destroy_process_group()
+
+
+def test_a_model_in_parts_is_not_asked_any_more():
+    "For that all processes would have to ask at once, each about rows as wide as its own."
+    assert ended(fork(in_parts)) == 0
+
+
+def test_the_learner_asks_for_rows_as_long_as_pack(tmp_path):
+    tokenizer = char_tokenizer()
+    config = AutoConfig.for_model("gpt_neo", vocab_size=len(tokenizer), hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+                                  window_size=32, max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    how = dict(recipe="ppo", task="sort", model=str(tmp_path))
+    Learner(TrainConfig(pack=32, **how))
+    with pytest.raises(ValueError, match="^pack: GPTNeo.*packed rows of 48 tokens.*expected None or shorter rows"): Learner(TrainConfig(pack=48, **how))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_model_is_asked_once_and_left_as_it_was(dtype, monkeypatch):
     model = made("llama", dtype)
@@ -320,6 +409,10 @@ def test_a_model_is_asked_once_and_left_as_it_was(dtype, monkeypatch):
     assert all(p.dtype == dtype and torch.equal(p, q) for p, q in zip(model.parameters(), before))
     monkeypatch.setattr(pack, "_refusal", None)
     assert refusal(model) is None
+
+
+def test_a_model_is_asked_in_full_precision_under_autocast_too():
+    with torch.autocast("cpu", torch.bfloat16): assert refusal(made("llama", torch.float32)) is None
 
 
 def sees_its_neighbours(at):

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from ..core import PerToken, PerVocab
 from .model import decode, encode
-from .pack import caches, packed_logits, remembers_all
+from .pack import caches, check_reach, packed_logits, reach, remembers_all
 from .rollouts import Rollouts, joined, pad_left, pad_right
 from .sampling import Sampling, draw_token, kept_ids, race
 from .shard import whole
@@ -51,8 +51,9 @@ def _read_alone(model, prompt_ids: Int[Tensor, "b p"], prompt_mask: Bool[Tensor,
     empty = (~prompt_mask).sum(1, keepdim=True)
     at = torch.arange(width, device=ids.device).expand(b, -1) + empty
     ids = ids.gather(1, at.clamp(max=width - 1))      # what is past the end is read and never looked at
-    least = int(empty.max())
-    logits = model(ids, use_cache=False, logits_to_keep=tokens.shape[1] + 1 + least).logits[:, -tokens.shape[1] - 1 - least:]
+    least, end = int(empty.max()), reach(model)
+    where = {} if end is None or width <= end else dict(position_ids=torch.arange(width, device=ids.device).clamp(max=end - 1).expand(b, -1))
+    logits = model(ids, use_cache=False, logits_to_keep=tokens.shape[1] + 1 + least, **where).logits[:, -tokens.shape[1] - 1 - least:]
     if not least: return logits
     rows = torch.arange(tokens.shape[1] + 1, device=ids.device) + least - empty
     return logits.gather(1, rows[..., None].expand(-1, -1, logits.shape[-1]))
@@ -63,8 +64,10 @@ def response_logits(model, rollouts: Rollouts, share: bool | None = None, pack: 
 
     `pack`: prompts and responses stand one after the other in rows of at most that many tokens."""
     if pack is not None: return packed_logits(model, rollouts, pack)
-    r, t = rollouts, rollouts.tokens.shape[1]
+    check_reach(model, rollouts)
+    r, t, end = rollouts, rollouts.tokens.shape[1], reach(model)
     if share is None: share = shares_prompts(model)
+    if end is not None and r.prompt_ids.shape[1] + t - 1 > end: share = False      # only padding is past it
     if not share: return _read_alone(model, r.prompt_ids[r.group], r.prompt_mask[r.group], r.tokens[:, :-1])
     for_prompt, for_response = _positions(r.prompt_mask, t - 1)
     cache = DynamicCache(config=model.config)
@@ -117,13 +120,13 @@ class Engine(Protocol):
 
 # %% ../../nbs/llm/engine.ipynb #6c87fc93
 def positions(model) -> int | None:
-    "How many positions `model` has a table of, beyond which it cannot go; None where it finds each by a formula (rotary models, ALiBi)."
+    "How many positions `model` has a table of, or is the same in every batch for (`reach`); None where it finds each by a formula (rotary models, ALiBi)."
     config, tokens = model.config.get_text_config(), model.get_input_embeddings()
     most = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     sizes = [x.num_embeddings for name, x in model.named_modules() if isinstance(x, torch.nn.Embedding) and x is not tokens and re.search("pos|wpe", name)]
     sizes += [len(x) for name, x in model.named_buffers() if name.endswith(".embed_positions")]
     in_table = config.model_type == "mpt" or most and any(most <= size < most + 8 for size in sizes)      # a few rows more: OPT's begin at 2
-    return most if in_table else None
+    return most if in_table else reach(model)
 
 
 class HFEngine:
@@ -161,8 +164,8 @@ class HFEngine:
         prompt_ids, prompt_mask = pad_left(encode(self.tokenizer, prompts), self.tokenizer.pad_token_id, self.model.device)
         longest = int(prompt_mask.sum(1).max())
         if self.positions is not None and longest + max_tokens - 1 > self.positions:       # the last token is not read
-            room = max(0, self.positions - longest + 1)
-            raise ValueError(f"max_tokens: expected at most {room}, for {self.positions} positions and a prompt of {longest} tokens, got {max_tokens}")
+            room, why = max(0, self.positions - longest + 1), "" if reach(self.model) is None else " (beyond, rotary frequencies depend on the whole batch)"
+            raise ValueError(f"max_tokens: expected at most {room}, for {self.positions} positions{why} and a prompt of {longest} tokens, got {max_tokens}")
         group = torch.arange(len(prompts), device=self.model.device).repeat_interleave(n)
         memory = self.memory(self.model, prompt_ids, prompt_mask, max_tokens)
         written, versions = self._write(memory, group, max_tokens, how, generator, between, refill)

@@ -24,7 +24,7 @@ from .logp import fits, model_logps
 from .master import Masters
 from .metrics import off_policyness, scalars
 from .model import load
-from .pack import check_packs
+from .pack import attending, check_packs
 from .parallel import add_up, in_turn, join, place
 from .pieces import ignores_equals, independent
 from .rollouts import Rollouts, pad_right
@@ -76,7 +76,7 @@ class Learner:
         if c.autocast is not None and c.dtype != "float32":
             raise ValueError(f"autocast: it stands beside float32 weights, got dtype={c.dtype!r}; expected dtype='float32' or autocast=None")
         for model in (self.model, self.reference, self.proximal):
-            if c.pack is not None and model is not None: check_packs(model)     # while they are whole
+            if c.pack is not None and model is not None: check_packs(model, c.pack)     # while they are whole
         if c.logp_chunk is None: return
         if "logits" in named: raise ValueError(f"logp_chunk: recipe {self.recipe.name!r} needs whole distributions (logits); expected None, got {c.logp_chunk}")
         if not fits(self.model): raise ValueError(f"logp_chunk: {type(self.model).__name__} does more to its logits than a linear layer; expected None")
@@ -207,7 +207,8 @@ class Learner:
         alone = place()[1] == 1 and len(parts) <= 1
         for p in self.trained: p.grad = None
         way = self.in_one_pass if alone or independent(self.recipe) else self.in_two_passes
-        policy, loss, stats = way(rollouts, given, known, busy, parts, alone)
+        with contextlib.nullcontext() if self.config.pack is None else attending(self.model):      # a layer that is read again is read the same way
+            policy, loss, stats = way(rollouts, given, known, busy, parts, alone)
         for p in self.trained:
             if p.grad is None: p.grad = torch.zeros_like(p)       # nothing to learn from, which is not the same as no update
         if not self.sharded: add_up([p.grad for p in self.trained])      # in parts they have been added up on the way
