@@ -475,9 +475,10 @@ def test_what_a_piece_ends_with_is_said_by_the_process_that_knows(lent, tmp_path
 
 
 def test_room_in_memory_is_for_all_engines_of_a_machine():
-    free = shutil.disk_usage(SHARED).free
-    for engines, root in ((1, SHARED), (4, Path(tempfile.gettempdir()))):
-        folder, lock = scratch(free // 4, engines)
+    room = shutil.disk_usage(SHARED).free - 2**24
+    if room < 2**24: pytest.skip("there is too little shared memory for an engine of any size")
+    for engines, root in ((1, SHARED), (4, Path(tempfile.gettempdir()))):      # 0.4 and 1.6 times the room, which other tests may change meanwhile
+        folder, lock = scratch(room // 5, engines)
         folder.joinpath("lock").unlink()
         folder.rmdir()
         lock.close()
