@@ -43,7 +43,7 @@ READING = {
         "What is learnt": ("tasks", "gym", "word_math", "formula", "equality", "tool", "verify"),
         "Who samples": ("engine", "sampling", "rollouts", "vllm", "fidelity", "worker"),
         "How old the samples are": ("schedule", "collect", "buffer", "old", "simulate"),
-        "An update": ("model", "learner", "master", "pieces", "logp", "pack", "critic", "adapter", "parallel", "shard", "together"),
+        "An update": ("model", "learner", "master", "pieces", "logp", "pack", "critic", "adapter", "parallel", "shard", "data_parallel"),
         "What stays": ("record", "metrics", "trackers", "checkpoint"),
     },
 }

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "docs"))
 # How the processes of `make test` share the tests: a file goes to one of them, the files that use the built site to the same, each notebook by itself.
 # What takes longest begins first and the notebooks come last: they are short, so no process is left alone with a long file.
 LONGEST = ("site", "test_vllm", "test_explore", "test_llm", "test_tasks", "test_keeping", "test_parallel", "test_lab_browser", "test_cli",
-           "test_together", "test_scale")
+           "test_data_parallel", "test_scale")
 
 
 def share(nodeid: str) -> str:

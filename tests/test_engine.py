@@ -24,7 +24,7 @@ from offpolicy_rl.llm.checkpoint import checkpoints
 from offpolicy_rl.llm.learner import Learner
 from offpolicy_rl.llm.master import Masters
 from offpolicy_rl.llm.model import embedded_model, load
-from offpolicy_rl.llm.pack import reach
+from offpolicy_rl.llm.pack import rope_limit
 from offpolicy_rl.llm.pieces import ignores_equals, independent
 from offpolicy_rl.llm.rollouts import Rollouts, joined
 from offpolicy_rl.llm.sampling import Sampling, race
@@ -98,7 +98,7 @@ def alone(model, prompt: torch.Tensor, response: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def test_up_to_the_first_length_frequencies_are_the_same_for_all_and_beyond_it_is_refused(loaded, kind):
     model = roped(kind)
-    assert reach(model) == positions(model) == 16 and reach(loaded[0]) is None
+    assert rope_limit(model) == positions(model) == 16 and rope_limit(loaded[0]) is None
     engine, prompts = HFEngine(model, loaded[1]), ["52918043=", "31="]
     with pytest.raises(ValueError, match="^max_tokens: expected at most 8, for 16 positions .*rotary.* prompt of 9 tokens, got 9"): engine.sample(prompts, 2, 9)
     short, long = engine.sample(prompts, 6, 8, generator=seeded(1)), engine.sample(prompts[1:], 6, 14, generator=seeded(1))

@@ -346,7 +346,7 @@ def neo(dtype=torch.float64, window: int = 24, places: int = 64, kind: str = "lo
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_a_window_that_no_cache_shows_is_found_at_the_width_of_the_rows(dtype):
     model = neo(dtype)
-    assert pack.remembers_all(model) and refusal(model) is None and refusal(model, 24) is None
+    assert pack.has_full_kv_cache(model) and refusal(model) is None and refusal(model, 24) is None
     assert "packed rows of 25 tokens otherwise" in refusal(model, 25) and "of 25 tokens" in refusal(model, 64) and refusal(model, 24) is None
     with pytest.raises(ValueError, match="^pack: GPTNeo.* of 25 tokens otherwise .*expected None or shorter rows"): pack.check_packs(model, 30)
     assert "packed rows of 40 tokens otherwise" in refusal(neo(dtype), 40)

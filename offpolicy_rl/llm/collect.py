@@ -30,7 +30,7 @@ from .learner import Learner
 from .old import make_old
 from .parallel import add_up, check_processes, everywhere, gathered, join, place, share
 from .rollouts import Rollouts, joined
-from .schedule import accumulate, apart, make_schedule
+from .schedule import accumulate, in_own_process, make_schedule
 from .tasks import draw
 from .tool import respond
 from .verify import verify_all
@@ -57,7 +57,7 @@ class Collector(Learner):
         self.fresh, self.stored, self.streamed, self.timeouts = [], None, None, 0
         self.spent, self.within, self.measured = defaultdict(float), 0.0, {}
         limit = sync_limit(self.model.dtype, config.engine_dtype or self.model.dtype) if config.sync_limit is None else config.sync_limit
-        checked = config.engine != "hf" and limit and not apart(config)      # an engine in a process of its own is checked there
+        checked = config.engine != "hf" and limit and not in_own_process(config)      # an engine in a process of its own is checked there
         self.sync_check = SyncCheck(draw(self.task, 8, random.Random(0), "held_out"), limit, min(16, self.max_tokens)) if checked else None
         self.schedule = make_schedule(self)
 
@@ -122,7 +122,7 @@ class Collector(Learner):
         "Fresh responses of an engine to fresh prompts, with rewards; of several processes with an engine each, each answers its share."
         prompts, (rank, world), generator = draw(self.task, self.planned(), self.rng), place(), self.generator
         how = dict(self.how, n=self.config.group_size, max_tokens=self.max_tokens)
-        if apart(self.config): return self.rewarded(engine.sample(prompts, generator=generator, **how))      # a conversation is held over there
+        if in_own_process(self.config): return self.rewarded(engine.sample(prompts, generator=generator, **how))      # a conversation is held over there
         if world > 1: prompts, generator = share(prompts), torch.Generator(self.model.device).manual_seed(self.seed() + rank)
         return self.rewarded(gathered(respond(engine, self.task, prompts, generator=generator, **how)))
 

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from ..core import PerToken, PerVocab
 from .model import decode, encode
-from .pack import caches, check_reach, packed_logits, reach, remembers_all
+from .pack import check_rope_limit, has_full_kv_cache, has_kv_cache, packed_logits, rope_limit
 from .rollouts import Rollouts, joined, pad_left, pad_right
 from .sampling import Sampling, draw_token, kept_ids, race
 from .shard import whole
@@ -29,7 +29,7 @@ _all_ = ["Rollouts", "draw_token", "joined", "pad_left"]
 def shares_prompts(model) -> bool:
     "True when keys and values of all positions are all that `model` remembers, so that one pass over a prompt serves its group exactly."
     recomputes = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())  # and then keeps no cache
-    return not recomputes and remembers_all(model)
+    return not recomputes and has_full_kv_cache(model)
 
 
 def _positions(prompt_mask: Bool[Tensor, "g p"], new: int) -> tuple[dict, dict]:
@@ -51,7 +51,7 @@ def _read_alone(model, prompt_ids: Int[Tensor, "b p"], prompt_mask: Bool[Tensor,
     empty = (~prompt_mask).sum(1, keepdim=True)
     at = torch.arange(width, device=ids.device).expand(b, -1) + empty
     ids = ids.gather(1, at.clamp(max=width - 1))      # what is past the end is read and never looked at
-    least, end = int(empty.max()), reach(model)
+    least, end = int(empty.max()), rope_limit(model)
     where = {} if end is None or width <= end else dict(position_ids=torch.arange(width, device=ids.device).clamp(max=end - 1).expand(b, -1))
     logits = model(ids, use_cache=False, logits_to_keep=tokens.shape[1] + 1 + least, **where).logits[:, -tokens.shape[1] - 1 - least:]
     if not least: return logits
@@ -64,8 +64,8 @@ def response_logits(model, rollouts: Rollouts, share: bool | None = None, pack: 
 
     `pack`: prompts and responses stand one after the other in rows of at most that many tokens."""
     if pack is not None: return packed_logits(model, rollouts, pack)
-    check_reach(model, rollouts)
-    r, t, end = rollouts, rollouts.tokens.shape[1], reach(model)
+    check_rope_limit(model, rollouts)
+    r, t, end = rollouts, rollouts.tokens.shape[1], rope_limit(model)
     if share is None: share = shares_prompts(model)
     if end is not None and r.prompt_ids.shape[1] + t - 1 > end: share = False      # only padding is past it
     if not share: return _read_alone(model, r.prompt_ids[r.group], r.prompt_mask[r.group], r.tokens[:, :-1])
@@ -120,13 +120,13 @@ class Engine(Protocol):
 
 # %% ../../nbs/llm/engine.ipynb #6c87fc93
 def positions(model) -> int | None:
-    "How many positions `model` has a table of, or is the same in every batch for (`reach`); None where it finds each by a formula (rotary models, ALiBi)."
+    "How many positions `model` has a table of, or is the same in every batch for (`rope_limit`); None where it finds each by a formula (rotary models, ALiBi)."
     config, tokens = model.config.get_text_config(), model.get_input_embeddings()
     most = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     sizes = [x.num_embeddings for name, x in model.named_modules() if isinstance(x, torch.nn.Embedding) and x is not tokens and re.search("pos|wpe", name)]
     sizes += [len(x) for name, x in model.named_buffers() if name.endswith(".embed_positions")]
     in_table = config.model_type == "mpt" or most and any(most <= size < most + 8 for size in sizes)      # a few rows more: OPT's begin at 2
-    return most if in_table else reach(model)
+    return most if in_table else rope_limit(model)
 
 
 class HFEngine:
@@ -144,7 +144,7 @@ class HFEngine:
         ends = ends if isinstance(ends, list) else [ends]
         self.ends = sorted({tokenizer.eos_token_id, *(e for e in ends if e is not None)})
         self.positions = positions(self.model)
-        self.memory = _Memory if caches(self.model) else _Rereading
+        self.memory = _Memory if has_kv_cache(self.model) else _Rereading
 
     @torch.no_grad()
     def sync(self, model, version: int) -> None:
@@ -164,7 +164,8 @@ class HFEngine:
         prompt_ids, prompt_mask = pad_left(encode(self.tokenizer, prompts), self.tokenizer.pad_token_id, self.model.device)
         longest = int(prompt_mask.sum(1).max())
         if self.positions is not None and longest + max_tokens - 1 > self.positions:       # the last token is not read
-            room, why = max(0, self.positions - longest + 1), "" if reach(self.model) is None else " (beyond, rotary frequencies depend on the whole batch)"
+            room = max(0, self.positions - longest + 1)
+            why = "" if rope_limit(self.model) is None else " (beyond, rotary frequencies depend on the whole batch)"
             raise ValueError(f"max_tokens: expected at most {room}, for {self.positions} positions{why} and a prompt of {longest} tokens, got {max_tokens}")
         group = torch.arange(len(prompts), device=self.model.device).repeat_interleave(n)
         memory = self.memory(self.model, prompt_ids, prompt_mask, max_tokens)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRIED', 'Layout', 'best_fit', 'fill', 'sizes_read', 'layout', 'attention_for', 'attention_mask', 'attending',
-           'caches', 'remembers_all', 'reach', 'check_reach', 'refusal', 'check_packs', 'packed_logits']
+           'has_kv_cache', 'has_full_kv_cache', 'rope_limit', 'check_rope_limit', 'refusal', 'check_packs',
+           'packed_logits']
 
 # %% ../../nbs/llm/pack.ipynb #c331d1c0
 import contextlib
@@ -186,7 +187,7 @@ def _fills(model) -> bool:
     return cache.get_seq_length() == 2
 
 
-def caches(model) -> bool:
+def has_kv_cache(model) -> bool:
     "True when keys and values, of all positions or of a window, are all that `model` remembers, and a cache holds them."
     try:
         if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=model.config).layers): return False
@@ -195,9 +196,9 @@ def caches(model) -> bool:
     return _FILLS[type(model)]
 
 
-def remembers_all(model) -> bool:
+def has_full_kv_cache(model) -> bool:
     "True when keys and values of all positions are all that `model` remembers."
-    return caches(model) and all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+    return has_kv_cache(model) and all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
 
 @contextlib.contextmanager
@@ -210,7 +211,7 @@ def _unrounded(model) -> Iterator[None]:
         for p, dtype in halves: p.data = p.data.to(dtype)
 
 
-def reach(model) -> int | None:
+def rope_limit(model) -> int | None:
     "Positions up to which the rotary frequencies of `model` are the same in every batch; None where they always are."
     config = model.config.get_text_config()
     ropes = getattr(config, "rope_parameters", None) or {}
@@ -221,9 +222,9 @@ def reach(model) -> int | None:
     return min(ends, default=None)
 
 
-def check_reach(model, rollouts: Rollouts) -> None:
-    "Raise ValueError where a response with its prompt goes beyond `reach`."
-    if (end := reach(model)) is None: return
+def check_rope_limit(model, rollouts: Rollouts) -> None:
+    "Raise ValueError where a response with its prompt goes beyond `rope_limit`."
+    if (end := rope_limit(model)) is None: return
     longest = int((rollouts.prompt_mask.sum(1)[rollouts.group] + sizes_read(rollouts)).max())
     if longest > end:
         raise ValueError(f"model: {type(model).__name__} chooses its rotary frequencies by the longest position of a batch where this is beyond {end}, so no "
@@ -271,7 +272,7 @@ def refusal(model, length: int = 1) -> str | None:
 
 @torch.no_grad()
 def _refusal(model, length: int) -> str | None:
-    if not remembers_all(model): return "remembers something else than keys and values of all positions, like a sliding window or a recurrent state"
+    if not has_full_kv_cache(model): return "remembers something else than keys and values of all positions, like a sliding window or a recurrent state"
     r = _made_up(model)
     near, whole = layout(r, 16), layout(r, 64)
     with _unrounded(model), torch.autocast(model.device.type, enabled=False):
@@ -299,7 +300,7 @@ def packed_logits(model, rollouts: Rollouts, length: int, attention: str | None 
     """Logits that `model` gives at each response token, read in rows of at most `length` tokens (on padding those of the response's first token).
 
     A longer response gets a longer row. `attention`: by default `attention_for(model)`. A model that cannot is refused."""
-    check_reach(model, rollouts)
+    check_rope_limit(model, rollouts)
     at = layout(rollouts, length)
     width = at.ids.shape[1]
     check_packs(model, min(length, width))
