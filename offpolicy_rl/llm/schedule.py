@@ -16,13 +16,13 @@ from torch import Tensor
 
 from .checkpoint import set_weights, wearing, weights
 from .config import TrainConfig
+from .data_parallel import DataParallelEngine
 from .engine import Engine, HFEngine
 from .model import embedded_path
 from .parallel import first, next_gpu, place
 from .pieces import made_up_batch
 from .rollouts import Rollouts, joined, pad_right
 from .sampling import MAX_KEPT, Sampling
-from .data_parallel import DataParallelEngine
 from .worker import EngineProcess, make_engine
 from ..recipes import Recipe
 
